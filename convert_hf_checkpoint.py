@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import ROPE_TYPES, ModelArgs, Transformer
+from model import ModelArgs, Transformer
 
 # The fields that each family uses, with the defaults that transformers gives to fields left out; REQUIRED marks sizes
 # that nobody should guess. head_dim None: hidden_size / num_attention_heads; num_key_value_heads None: one per head.
@@ -135,6 +135,7 @@ IGNORED_SOURCES = re.compile(r"rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_m
 
 
 def unsupported(name: str, value, family: str) -> ValueError:
+    """The error, to be raised, for a field whose value we cannot honour."""
     return ValueError(f"config field {name} = {value!r} is not supported for model_type {family!r}")
 
 
@@ -177,7 +178,7 @@ def read_rope(params: dict | None, theta: float, partial: float, max_seq_len: in
     old_kind = params.pop("type", "default")
     kind = params.pop("rope_type", old_kind)
     if kind not in ROPE_KEYS:
-        raise ValueError(f"rope_type {kind!r} is not supported; known: {', '.join(ROPE_TYPES)}")
+        raise ValueError(f"rope_type {kind!r} is not supported; known: {', '.join(ROPE_KEYS)}")
     theta, partial = params.pop("rope_theta", theta), params.pop("partial_rotary_factor", partial)
     if partial != 1:
         raise ValueError(f"partial_rotary_factor = {partial!r} is not supported; only 1.0 is")
@@ -202,7 +203,7 @@ def read_ropes(f: dict) -> dict:
         return dict(rope_theta=theta, rope_scaling=scaling)
     # Gemma 3: rope_parameters is nested by layer type, rope_scaling is for the full attention layers.
     nested = f["rope_parameters"] or {}
-    for key in nested.keys() - {"full_attention", "sliding_attention"}:
+    for key in sorted(nested.keys() - {"full_attention", "sliding_attention"}):
         raise ValueError(f"rope_parameters is keyed by full_attention and sliding_attention in Gemma 3, not by {key!r}")
     full = (nested.get("full_attention") or {}) | (f["rope_scaling"] or {})
     theta, scaling = read_rope(full, f["rope_theta"], *where)
