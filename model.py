@@ -168,9 +168,8 @@ class RMSNorm(nn.Module):
 class KVCache(nn.Module):
     """Keys and values of one layer, allocated once: k and v are [B, K, S, D]."""
 
-    def __init__(self, batch_size: int, n_kv_heads: int, max_seq_len: int, head_dim: int, dtype, device):
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         super().__init__()
-        shape = (batch_size, n_kv_heads, max_seq_len, head_dim)
         self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
@@ -308,7 +307,7 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.n_experts, self.in_features, self.out_features = n_experts, in_features, out_features
         self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features))
-        nn.init.normal_(self.weight, std=in_features**-0.5)
+        nn.init.uniform_(self.weight, -(in_features**-0.5), in_features**-0.5)  # as nn.Linear does
 
     def expert(self, e: int) -> Tensor:
         """Expert e's matrix [out, in]."""
@@ -382,7 +381,9 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        # Uniform with std 0.02, since a normal_ on the meta device imports torch._dynamo: two seconds of every start.
+        embedding = torch.empty(args.vocab_size, args.dim).uniform_(-0.02 * 3**0.5, 0.02 * 3**0.5)
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=embedding)
         self.layers = nn.ModuleList(Block(args, i) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
@@ -409,14 +410,15 @@ class Transformer(nn.Module):
             return
         weight = self.tok_embeddings.weight
         self.max_batch_size, self.max_seq_len = max(batch_size, self.max_batch_size), max(max_seq_len, self.max_seq_len)
+        n_slots = -(-self.max_seq_len // 64) * 64  # a round number, as kernels like it
         for layer in self.layers:
             a = layer.attention
             a.cache = None  # free the old one first
             n_kv_heads = layer.qkv.linear.out_features // (a.head_dim * (a.group + 2))
-            a.cache = KVCache(
-                self.max_batch_size, n_kv_heads, self.max_seq_len, a.head_dim, weight.dtype, weight.device
-            )
-        self.slots = torch.arange(self.max_seq_len, device=weight.device)
+            # Slots to spare: a compiler specializes on a slice of all of a dimension, and would compile that again.
+            shape = (self.max_batch_size, n_kv_heads, n_slots + 64, a.head_dim)
+            a.cache = KVCache(shape, weight.dtype, weight.device)
+        self.slots = torch.arange(n_slots, device=weight.device)
 
     def features(self, tokens: Tensor, input_pos: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
         """tokens int [B, T] -> final hidden states [B, T, C], normalized.

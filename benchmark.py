@@ -1,0 +1,274 @@
+"""Measure decoding on random weights of a named shape, against the read bandwidth of the machine it runs on.
+
+    python benchmark.py --shape llama-3.1-8b               # no download: the values of weights cost nothing
+    python benchmark.py --checkpoint_path demo --device cpu
+
+The protocol is gpt-fast's: batch 1, a prompt of 5 tokens, 200 new ones, temperature 0.8, top-k 200; tok/s counts the
+new tokens over the whole time, prefill included; the median of five runs. `--record` appends the row, with command,
+commit, device and versions, to benchmarks/results.jsonl, from which the README's tables are made.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import build_model, load_model
+from generate import (
+    CACHE_DIR,
+    Sampler,
+    compile_callables,
+    device_name,
+    generate,
+    peak_memory_gb,
+    pick_device,
+    pick_dtype,
+    warm_up,
+    weight_bytes,
+)
+from kernels import read_sum
+from model import ModelArgs, Transformer
+
+RESULTS = Path(__file__).parent / "benchmarks" / "results.jsonl"
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _shape(dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, max_seq_len, head_dim=128, **more) -> ModelArgs:
+    return ModelArgs(
+        dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, hidden_dim=hidden_dim,
+        vocab_size=vocab_size, max_seq_len=max_seq_len, **more,
+    )  # fmt: skip
+
+
+# The published architectures; a string names the one that another equals in size.
+SHAPES = {
+    "llama-2-7b": _shape(4096, 32, 32, 32, 11008, 32000, 4096),
+    "llama-2-70b": _shape(8192, 80, 64, 8, 28672, 32000, 4096),
+    "llama-3.1-8b": _shape(4096, 32, 32, 8, 14336, 128256, 131072, rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
+    "llama-3.1-70b": _shape(8192, 80, 64, 8, 28672, 128256, 131072, rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
+    "llama-3.2-1b": _shape(2048, 16, 32, 8, 8192, 128256, 131072, head_dim=64, rope_theta=5e5,
+                           rope_scaling={**LLAMA3_ROPE, "factor": 32.0}, tie_embeddings=True),
+    "mistral-7b": _shape(4096, 32, 32, 8, 14336, 32768, 32768, rope_theta=1e6),
+    "qwen3-8b": _shape(4096, 36, 32, 8, 12288, 151936, 40960, rope_theta=1e6, norm_eps=1e-6, qk_norm=True),
+    "gemma-7b": _shape(3072, 28, 16, 16, 24576, 256000, 8192, head_dim=256, norm_eps=1e-6, norm_offset=1.0,
+                       activation="gelu_tanh", embedding_scale=3072**0.5, tie_embeddings=True),
+    "mixtral-8x7b": _shape(4096, 32, 32, 8, 14336, 32000, 32768, rope_theta=1e6, n_experts=8, n_experts_per_token=2),
+    "tinyllama-1.1b": _shape(2048, 22, 32, 4, 5632, 32000, 2048, head_dim=64),
+}  # fmt: skip
+
+
+def read_bandwidth(device: torch.device, gigabytes: float | None = None) -> float:
+    """The read bandwidth of a device in GB/s (10^9 bytes), measured: the best of ten sums over a buffer.
+
+    gigabytes: the buffer's size; None: 8 on a GPU, 1 on a CPU, far beyond any cache. The figure is remembered in the
+    user's cache directory, so that `generate.py` can report a share of it.
+    """
+    n = int((gigabytes or (8 if device.type == "cuda" else 1)) * 1e9) // 4
+    x = torch.ones(n, device=device)
+    best = min(seconds(lambda: read_sum(x), device) for _ in range(10))
+    bandwidth = x.nbytes / best / 1e9
+    file = CACHE_DIR / "bandwidth.json"
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        known = {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tmp = file.with_suffix(f".{os.getpid()}.tmp")
+    tmp.write_text(json.dumps(known | {device_name(device): bandwidth}))
+    tmp.replace(file)
+    return bandwidth
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that was launched on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def seconds(work: Callable, device: torch.device) -> float:
+    """Wall-clock seconds of one call, the device's work included."""
+    synchronize(device)
+    begin = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def random_weights(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter, one at a time: normal with std 0.02, norms near their neutral value."""
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in Transformer(args).state_dict().items()}
+    for name, shape in shapes.items():
+        if args.tie_embeddings and name == "output.weight":
+            continue
+        tensor = torch.randn(shape, device=device, dtype=dtype) * 0.02
+        yield name, tensor + (1 - args.norm_offset) if name.endswith("norm.weight") else tensor
+
+
+def measure(
+    model: Transformer,
+    prompt_tokens: int = 5,
+    new_tokens: int = 200,
+    batch: int = 1,
+    temperature: float = 0.8,
+    top_k: int | None = 200,
+    compile: bool = True,
+    runs: int = 5,
+) -> dict:
+    """Generate `runs` times from random prompts -> medians: tok_s, decode_step_ms, ttft_s, ...; times in seconds."""
+    device = model.tok_embeddings.weight.device
+    sampler = Sampler(temperature, top_k).to(device)
+    model.setup_caches(batch, prompt_tokens + new_tokens)
+    steps, compile_s = {}, None
+    prompts = torch.randint(model.args.vocab_size, (batch, prompt_tokens)).tolist()
+    if compile:
+        begin = time.perf_counter()
+        steps["prefill"], steps["decode"] = compile_callables(model)
+        warm_up(
+            model,
+            lambda p, n, **kw: generate(model, p * batch, n, sampler, **steps, **kw),
+            prompt_tokens + new_tokens,
+        )
+        compile_s = time.perf_counter() - begin
+
+    totals, firsts = [], []
+    for _ in range(runs + 1):  # the first is a warm-up of allocators and clocks
+        synchronize(device)
+        begin = time.perf_counter()
+        for i, _column in enumerate(generate(model, prompts, new_tokens, sampler, **steps)):
+            if i == 0:
+                first = time.perf_counter() - begin
+        totals.append(time.perf_counter() - begin)
+        firsts.append(first)
+    total, first = statistics.median(totals[1:]), statistics.median(firsts[1:])
+    return {
+        "compile_s": compile_s,
+        "tok_s": batch * new_tokens / total,
+        "decode_step_ms": 1e3 * (total - first) / (new_tokens - 1) if new_tokens > 1 else None,
+        "ttft_s": first,
+        "prefill_tok_s": batch * prompt_tokens / first,
+        "weights_gb": weight_bytes(model) / 1e9,
+        "peak_memory_gb": peak_memory_gb(device),
+    }
+
+
+def record(row: dict) -> None:
+    """Append a row to benchmarks/results.jsonl."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def circumstances(device: torch.device) -> dict:
+    """What a figure depends on beside its settings: command, commit, device, versions, date."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return {
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": os.environ.get("HOTLOOP_COMMIT") or head + ("+" if changed else ""),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main(
+    shape: list[str],
+    checkpoint_path: str | None,
+    device: str | None,
+    dtype: str,
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    no_compile: bool,
+    runs: int,
+    record_row: bool,
+    json_line: bool,
+) -> None:
+    device, dtype = pick_device(device), pick_dtype(dtype)
+    peak = read_bandwidth(device)
+    print(f"{device_name(device)}: reads {peak:,.0f} GB/s (measured), torch {torch.__version__}")
+    print(f"{'model':<16}{'dtype':>6}{'batch':>6}{'GB':>8}{'tok/s':>9}{'step ms':>9}{'of peak':>9}{'first ms':>10}"
+          f"{'compile s':>11}{'peak GB':>9}")  # fmt: skip
+    rows = []
+    for name in [checkpoint_path] if checkpoint_path else shape:
+        begin = time.perf_counter()
+        if checkpoint_path:
+            model = load_model(checkpoint_path, device, dtype)
+        else:
+            model = build_model(SHAPES[name], random_weights(SHAPES[name], device, dtype), device, dtype)
+        synchronize(device)
+        load_s = time.perf_counter() - begin
+        row = {"model": name, "quant": None, "dtype": str(dtype)[6:], "batch": batch, "prompt_tokens": prompt_tokens,
+               "new_tokens": new_tokens, "load_s": load_s,
+               **measure(model, prompt_tokens, new_tokens, batch, temperature, top_k, not no_compile, runs),
+               "read_bandwidth_gbs": peak, **circumstances(device)}  # fmt: skip
+        step = row["decode_step_ms"]
+        row["percent_of_peak_bandwidth"] = step and 100 * row["weights_gb"] / step * 1e3 / peak
+        rows.append(row)
+        print(f"{name:<16}{row['dtype']:>6}{batch:>6}{row['weights_gb']:>8.2f}{row['tok_s']:>9.1f}"
+              f"{step or 0:>9.3f}{row['percent_of_peak_bandwidth'] or 0:>8.1f}%{1e3 * row['ttft_s']:>10.1f}"
+              f"{row['compile_s'] or 0:>11.1f}{row['peak_memory_gb']:>9.2f}", flush=True)  # fmt: skip
+        if record_row:
+            record(row)
+        del model
+        torch._dynamo.reset()  # frees the CUDA graphs and their memory
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    if json_line:
+        print(json.dumps(rows[0] if len(rows) == 1 else {"rows": rows}))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description="Measure decoding speed on random weights of a named shape (nothing is downloaded).",
+        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=110, max_help_position=32),
+    )
+    p.error = lambda message: p.exit(2, f"{p.prog}: {message}\n")
+    a = p.add_argument
+    a("--shape", nargs="+", choices=list(SHAPES), default=["tinyllama-1.1b"], metavar="NAME", help=", ".join(SHAPES))
+    a("--checkpoint_path", metavar="DIR_OR_HUB_ID", help="measure this checkpoint instead of a shape")
+    a("--device", metavar="D", help="cuda, cuda:N, mps or cpu; default: the best there is")
+    a("--dtype", default="bf16", metavar="D", help="bf16, fp16 or fp32")
+    a("--batch", type=int, default=1, metavar="B", help="rows decoded together")
+    a("--prompt_tokens", type=int, default=5, metavar="N", help="length of the random prompt")
+    a("--new_tokens", type=int, default=200, metavar="N", help="tokens generated")
+    a("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy")
+    a("--top_k", type=int, default=200, metavar="K", help="keep the K likeliest tokens")
+    a("--no_compile", action="store_true", help="measure the eager model")
+    a("--runs", type=int, default=5, metavar="N", help="timed runs, of which the median counts")
+    a("--record", action="store_true", dest="record_row", help=f"append the rows to {RESULTS.name}")
+    a("--json", action="store_true", dest="json_line", help="last line of stdout: one JSON object with all figures")
+    return p
+
+
+if __name__ == "__main__":
+    try:
+        main(**vars(parser().parse_args()))
+    except (ValueError, torch.OutOfMemoryError) as error:
+        print(f"benchmark.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,389 @@
+"""From a checkpoint on disk (or on the hub) to a `Transformer` in memory, and back: the only file that composes.
+
+A checkpoint is one of
+  - a converted directory: `hotloop.json` (all of ModelArgs, stop ids, tokenizer kind) + safetensors with our names,
+  - a Hugging Face directory: `config.json` + safetensors or `pytorch_model*.bin`, single or sharded,
+  - a hub id such as `org/name`: the files of it that are needed are downloaded once into huggingface_hub's cache.
+Everything is decided by the checkpoint's own JSON, nothing by a file or folder name.
+
+Weights stream: memory-mapped, one tensor at a time, straight to their device and dtype, so that loading never holds
+more than the weights plus one tensor. Saving streams too, into a temporary directory that is renamed at the end.
+
+Try it:  python -c "from checkpoint import load_model; print(load_model('demo'))"
+
+Sources: the safetensors format (https://huggingface.co/docs/safetensors), Hugging Face's sharded index files.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from convert_hf_checkpoint import args_from_hf, convert_state_dict, export_state_dict, stop_ids_from_hf
+from model import ModelArgs, Transformer
+
+META = "hotloop.json"
+FORMAT = 1
+SHARD_BYTES = 2 << 30  # a shard is what saving holds in memory
+# What a tokenizer and a chat need; copied along when a checkpoint is converted.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+# ---------------------------------------------------------------------------------------------- finding and reading
+def resolve(path: str | Path) -> Path:
+    """The local directory of a checkpoint: `path` itself, or the download of the hub id it names.
+
+    Raises ValueError with one line where there is neither.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise ValueError(f"{path} is a file; --checkpoint_path takes a directory or a hub id such as org/name")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
+        raise ValueError(f"{path}: no such directory (and not a hub id of the form org/name)")
+    return _download(str(path))
+
+
+def _download(repo: str) -> Path:
+    """Fetch the weights, configuration and tokenizer of a hub repository, and nothing else of it."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    wanted = ["config.json", META, *TOKENIZER_FILES]
+    try:
+        files = hub.list_repo_files(repo)
+        # Some repositories hold the same weights three times; take one, the safest.
+        for weights in (r"model(-\d+-of-\d+|-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"):
+            chosen = [f for f in files if re.fullmatch(weights + r"|(model|pytorch_model)\S*\.index\.json", f)]
+            if any(re.fullmatch(weights, f) for f in chosen):
+                break
+        else:
+            raise ValueError(f"{repo}: the repository has no model*.safetensors and no pytorch_model*.bin")
+        return Path(hub.snapshot_download(repo, allow_patterns=wanted + chosen))
+    except errors.GatedRepoError:
+        raise ValueError(
+            f"{repo}: gated repository; accept its licence at https://huggingface.co/{repo} and run 'hf auth login'"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(f"{repo}: no such directory here, no such repository on the hub (or a private one)") from None
+    except ValueError:
+        raise
+    except Exception as error:  # of many kinds: huggingface_hub lets its HTTP library's own through
+        try:
+            return Path(hub.snapshot_download(repo, local_files_only=True))  # the hub is away; downloaded before?
+        except errors.LocalEntryNotFoundError:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ValueError(f"{repo}: no such directory here, and the hub does not answer: {reason}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; ValueError where it is missing or is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: a JSON object is expected, found {type(data).__name__}")
+    return data
+
+
+def read_config(path: str | Path) -> tuple[ModelArgs, dict]:
+    """(ModelArgs, the JSON they come from) of a checkpoint directory; the weights are not touched."""
+    directory = resolve(path)
+    if (directory / META).exists():
+        meta = read_json(directory / META)
+        if meta.get("format") != FORMAT:
+            raise ValueError(f"{directory / META}: format {meta.get('format')!r} is not known; known: {FORMAT}")
+        try:
+            return ModelArgs(**meta["model_args"]), meta
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{directory / META}: model_args do not fit this version: {error}") from None
+    if not (directory / "config.json").exists():
+        what = "is empty" if not any(directory.iterdir()) else f"has neither {META} nor config.json"
+        raise ValueError(f"{directory}: not a checkpoint: the directory {what}")
+    config = read_json(directory / "config.json")
+    return args_from_hf(config), config
+
+
+class Weights(Mapping):
+    """The tensors of a directory by name, memory-mapped: an item is read from disk when it is asked for."""
+
+    def __init__(self, directory: Path):
+        self.directory, self.files = directory, {}
+        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+            index = directory / f"{stem}.{suffix}.index.json"
+            single = directory / f"{stem}.{suffix}"
+            if index.exists():
+                self.where = dict(read_json(index).get("weight_map", {}))
+            elif single.exists():
+                self.where = dict.fromkeys(self._open(single.name).keys(), single.name)
+            else:
+                continue
+            for name in sorted(set(self.where.values())):
+                if not (directory / name).exists():
+                    raise ValueError(f"{directory / name}: this shard is missing (named by {index.name})")
+            return
+        raise ValueError(f"{directory}: no weights: neither model*.safetensors nor pytorch_model*.bin")
+
+    def _open(self, name: str):
+        """A safetensors handle or a dict of tensors; opened once."""
+        if name not in self.files:
+            path = self.directory / name
+            try:
+                if name.endswith(".safetensors"):
+                    self.files[name] = safe_open(path, framework="pt")
+                else:
+                    try:
+                        self.files[name] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                    except RuntimeError as error:
+                        if "mmap" not in str(error):
+                            raise
+                        # written before PyTorch 1.6: a format that cannot be mapped
+                        self.files[name] = torch.load(path, map_location="cpu", weights_only=True)
+            except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+                raise ValueError(f"{path}: truncated or corrupt: {str(error).splitlines()[0]}") from None
+            except Exception as error:  # pickle.UnpicklingError: weights_only refuses anything but tensors
+                raise ValueError(f"{path}: not a plain tensor file: {str(error).splitlines()[0]}") from None
+        return self.files[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self.where[name]  # KeyError: no such tensor, as a Mapping should
+        handle = self._open(file)
+        try:
+            return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        except (KeyError, SafetensorError) as error:
+            raise ValueError(f"{self.directory / file}: tensor {name} cannot be read: {error}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def nbytes(self) -> int:
+        """Bytes of all weight files on disk."""
+        return sum((self.directory / f).stat().st_size for f in set(self.where.values()))
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+def build_model(
+    args: ModelArgs,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Transformer:
+    """A Transformer on `device` from a stream of (our parameter name, tensor); eval mode, no gradients.
+
+    dtype: what floating-point tensors become; None: as they come. Raises ValueError for a tensor that is unknown,
+    missing or of another shape than `args` say.
+    """
+    with torch.device("meta"):
+        model = Transformer(args)
+    expected = model.state_dict()
+    if args.tie_embeddings:
+        del expected["output.weight"]  # shares the embedding's memory
+    state = {}
+    for name, tensor in tensors:
+        if name not in expected:
+            raise ValueError(f"tensor {name} is not part of this architecture")
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"tensor {name} has shape {list(tensor.shape)}, the configuration says {list(expected[name].shape)}"
+            )
+        state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    missing = expected.keys() - state.keys()
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing, the first is {min(missing)}")
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    return model.to(device).requires_grad_(False).eval()  # .to: the buffers, which no checkpoint holds
+
+
+def _with_progress(tensors: Iterable[tuple[str, Tensor]], total: int) -> Iterator[tuple[str, Tensor]]:
+    """Pass tensors on; on a terminal, a load of more than a second shows how far it is."""
+    start, seen, shown = time.perf_counter(), 0, 0.0
+    for name, tensor in tensors:
+        yield name, tensor
+        seen += tensor.nbytes
+        now = time.perf_counter()
+        if sys.stderr.isatty() and now - start > 1 and now - shown > 0.2:
+            shown = now
+            print(f"\rloading {seen / 1e9:.1f} of {total / 1e9:.1f} GB", end="", file=sys.stderr, flush=True)
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """The model of a checkpoint directory or hub id, on `device`, in eval mode.
+
+    dtype: of the floating-point weights; None: as stored. Raises ValueError with one line for anything that is
+    wrong with the checkpoint.
+    """
+    directory = resolve(path)
+    args, config = read_config(directory)
+    weights = Weights(directory)
+    tensors = weights.items() if (directory / META).exists() else convert_state_dict(config, weights)
+    try:
+        return build_model(args, _with_progress(tensors, weights.nbytes()), device, dtype)
+    except ValueError as error:
+        if str(directory) in str(error):
+            raise
+        raise ValueError(f"{directory}: {error}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------- saving
+def check_out_dir(out_dir: str | Path, overwrite: bool) -> Path:
+    """Where to write; ValueError where something is there already and `overwrite` is not given."""
+    out = Path(out_dir)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; an output directory is expected")
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: exists and is not empty; choose another directory or give --overwrite")
+    return out
+
+
+def write_checkpoint(
+    out_dir: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config_name: str,
+    config: dict,
+    tokenizer_dir: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Stream (name, tensor) into safetensors shards beside one JSON; nothing appears in `out_dir` until all is there.
+
+    tokenizer_dir: its tokenizer files are copied along. Raises ValueError where `out_dir` is not empty and overwrite
+    is False, or where the disk is full (nothing is left behind).
+    """
+    from safetensors.torch import save_file
+
+    out = check_out_dir(out_dir, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tmp = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    tmp.mkdir()
+    try:
+        weight_map, shard, size, n_shards = {}, {}, 0, 0
+
+        def flush():
+            nonlocal shard, size, n_shards
+            n_shards += 1
+            file = f"model-{n_shards:05d}.safetensors"
+            save_file(shard, tmp / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(shard, file))
+            shard, size = {}, 0
+
+        for name, tensor in tensors:
+            if shard and size + tensor.nbytes > SHARD_BYTES:
+                flush()
+            shard[name] = tensor.detach().cpu().contiguous()
+            size += tensor.nbytes
+        flush()
+        if n_shards == 1:
+            (tmp / "model-00001.safetensors").rename(tmp / "model.safetensors")
+        else:
+            index = {"metadata": {"total_size": sum(f.stat().st_size for f in tmp.iterdir())}, "weight_map": weight_map}
+            (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        for name in TOKENIZER_FILES if tokenizer_dir else ():
+            if (tokenizer_dir / name).exists():
+                shutil.copyfile(tokenizer_dir / name, tmp / name)
+        (tmp / config_name).write_text(json.dumps(config, indent=2) + "\n")
+        _move_into_place(tmp, out)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{out}: cannot be written: {error}; nothing was left behind") from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _move_into_place(tmp: Path, out: Path) -> None:
+    if not out.exists() or not any(out.iterdir()):
+        tmp.replace(out)  # one atomic rename
+        return
+    # Over an older checkpoint: file by file, each atomically; then whatever of the old one would be read instead.
+    new = {f.name for f in tmp.iterdir()}
+    for file in tmp.iterdir():
+        file.replace(out / file.name)
+    for old in [*out.glob("model*.safetensors"), *out.glob("*.index.json")]:
+        if old.name not in new:
+            old.unlink()
+
+
+def _tokenizer_kind(directory: Path) -> str | None:
+    if (directory / "tokenizer.json").exists():
+        return "tokenizers"
+    return "sentencepiece" if (directory / "tokenizer.model").exists() else None
+
+
+def metadata(args: ModelArgs, directory: Path) -> dict:
+    """What `hotloop.json` holds for a checkpoint whose tokenizer and generation settings lie in `directory`."""
+    if (directory / META).exists():
+        stop_ids = read_json(directory / META).get("stop_ids", [])
+    else:
+        generation = directory / "generation_config.json"
+        config = directory / "config.json"
+        stop_ids = stop_ids_from_hf(
+            read_json(generation) if generation.exists() else {}, read_json(config) if config.exists() else {}
+        )
+    return {
+        "format": FORMAT,
+        "model_args": dataclasses.asdict(args),
+        "stop_ids": stop_ids,
+        "tokenizer": _tokenizer_kind(directory),
+    }
+
+
+def save_checkpoint(
+    model: Transformer,
+    out_dir: str | Path,
+    source: str | Path,
+    layout: str = "hotloop",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model in memory as a converted directory (layout="hotloop") or a Hugging Face one (layout="hf").
+
+    source: the checkpoint directory that the model comes from, which gives the tokenizer, stop ids and, for "hf",
+    config.json. dtype: of the floating-point weights on disk; None: as they are.
+    """
+    directory = resolve(source)
+    state = {k: v for k, v in model.state_dict().items() if not (model.args.tie_embeddings and k == "output.weight")}
+    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in state.items()}
+    if layout == "hf":
+        config = read_json(directory / "config.json")
+        config.pop("dtype", None)
+        config["torch_dtype"] = str(model.tok_embeddings.weight.dtype if dtype is None else dtype).split(".")[-1]
+        write_checkpoint(out_dir, export_state_dict(config, state), "config.json", config, directory, overwrite)
+    else:
+        write_checkpoint(out_dir, state.items(), META, metadata(model.args, directory), directory, overwrite)
+
+
+def convert_checkpoint(hf_dir: str | Path, out_dir: str | Path, overwrite: bool = False) -> None:
+    """Hugging Face directory or hub id -> converted directory, streaming: one shard in memory at a time."""
+    out = check_out_dir(out_dir, overwrite)
+    directory = resolve(hf_dir)
+    if (directory / META).exists():
+        raise ValueError(f"{directory}: is converted already (it holds {META})")
+    args, config = read_config(directory)
+    tensors = convert_state_dict(config, Weights(directory))
+    write_checkpoint(out, tensors, META, metadata(args, directory), directory, overwrite)

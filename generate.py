@@ -1,0 +1,545 @@
+"""Prompt to text: prefill, the decode loop, sampling, chat, and the report of what it cost.
+
+    python generate.py --compile --prompt "def fibonacci(n):"        # the bundled demo model
+    python generate.py --checkpoint_path org/name --interactive      # your own, as a chat
+
+`main` reads as a table of contents. `generate()` is one iterator of token columns that the command line, the chat, the
+benchmark and the tests all use; what it calls (`prefill`, `decode`, `sample`) is passed in, and compiling means passing
+compiled ones.
+
+Sources: gpt-fast (the loop as one page), top-p: arXiv 1904.09751, min-p: 2407.01082, repetition penalty: 1909.05858;
+sampling without a host round trip is an exponential race (https://en.wikipedia.org/wiki/Exponential_distribution).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import load_model, read_config, resolve
+from model import QUERY_BLOCK, Transformer
+from tokenizer import Tokenizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hotloop"
+CHAT_CONTEXT = 8192  # tokens of cache that a chat allocates unless --max_seq_len says otherwise
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+def sample(
+    logits: Tensor,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    """Logits [B, V] -> token ids int64 [B, 1]; probabilities in float32, no host synchronisation.
+
+    temperature 0 is argmax. The filters apply in Hugging Face's order: temperature, top-k, top-p (the smallest set
+    of tokens whose probability reaches top_p), min-p (at least min_p times the likeliest token's probability).
+    """
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, ids = logits.float() / temperature, None
+    if top_k or top_p:
+        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # sorted, the likeliest first
+    probs = logits.softmax(-1)
+    if top_p:
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+    if min_p:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+    # The first of V exponential clocks with rates p rings at i with probability p_i. Noise of 0 would ring any token.
+    noise = torch.empty_like(probs).exponential_().clamp_min(1e-20)
+    choice = (probs / noise).argmax(-1, keepdim=True)
+    return choice if ids is None else ids.gather(-1, choice)
+
+
+class Sampler(nn.Module):
+    """`sample` with its settings, and the repetition penalty, which has to remember the tokens of each row."""
+
+    def __init__(self, temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
+        super().__init__()
+        for ok, name, value, limit in (
+            (temperature >= 0, "temperature", temperature, "at least 0 (0 is greedy)"),
+            (top_k is None or top_k >= 1, "top_k", top_k, "at least 1"),
+            (top_p is None or 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1 (1 keeps every token)"),
+            (min_p is None or 0 <= min_p < 1, "min_p", min_p, "at least 0 and below 1 (0 keeps every token)"),
+            (repetition_penalty > 0, "repetition_penalty", repetition_penalty, "above 0 (1 is none)"),
+        ):
+            if not ok:
+                raise ValueError(f"--{name} {value}: it must be {limit}")
+        self.temperature, self.top_k, self.min_p = temperature, top_k, min_p
+        self.top_p = None if top_p == 1 else top_p
+        self.penalty = repetition_penalty
+        self.register_buffer("seen", None, persistent=False)  # bool [B, V]
+
+    def reset(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
+        """Start a generation: the prompts' tokens count as seen."""
+        if self.penalty == 1:
+            return
+        if self.seen is None or self.seen.shape[0] != len(prompts):
+            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        self.seen.zero_()  # in place: a captured graph reads this memory
+        for row, prompt in zip(self.seen, prompts, strict=True):
+            row[torch.tensor(prompt, device=device)] = True
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits [B, V] -> token ids [B, 1]."""
+        if self.penalty != 1:
+            logits = logits.float()
+            penalized = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+            logits = torch.where(self.seen, penalized, logits)
+        token = sample(logits, self.temperature, self.top_k, self.top_p, self.min_p)
+        if self.penalty != 1:
+            self.seen.scatter_(1, token, True)
+        return token
+
+
+# ------------------------------------------------------------------------------------------------- the decode loop
+def prefill(model: Transformer, tokens: Tensor, input_pos: Tensor, slots: Tensor) -> Tensor:
+    """Run tokens [B, T] at input_pos [B, T] into the cache -> logits [B, V] after the last; the head sees no other."""
+    return model.logits(model.features(tokens, input_pos, slots)[:, -1:])[:, -1]
+
+
+def decode_one_token(model: Transformer, token: Tensor, input_pos: Tensor, slots: Tensor, sample: Callable):
+    """One step: token [B, 1] at input_pos [B, 1] -> (next token [B, 1], its position [B, 1])."""
+    return sample(model(token, input_pos, slots)[:, -1]), input_pos + 1
+
+
+def compile_callables(model: Transformer) -> tuple[Callable, Callable]:
+    """(prefill, decode) as `generate` takes them, compiled; the decode step is one CUDA graph where there is CUDA.
+
+    One compilation serves all lengths: the numbers of slots and of prompt tokens are symbolic. On a CPU the prefill
+    stays eager, since it is matrix products only; so does a mixture of experts', whose routing has no static shape.
+    """
+    cuda = model.tok_embeddings.weight.is_cuda
+    # mode="reduce-overhead" is CUDA graphs; the tuning makes Inductor's matrix-vector kernels stream at bandwidth.
+    options = {**torch._inductor.list_mode_options("reduce-overhead"), "coordinate_descent_tuning": True}
+    compiled_decode = torch.compile(decode_one_token, fullgraph=True, options=options)
+    compiled_prefill = torch.compile(prefill, fullgraph=True)
+
+    def decode(model, token, input_pos, slots, sample):
+        torch._dynamo.mark_dynamic(slots, 0)
+        torch.compiler.cudagraph_mark_step_begin()
+        token, input_pos = compiled_decode(model, token, input_pos, slots, sample)
+        return token.clone(), input_pos.clone()  # the next replay overwrites the graph's own outputs
+
+    def padded_prefill(model, tokens, input_pos, slots):
+        # Up to a multiple of 16, by repeating the last column: the same token at the same position writes the same
+        # keys and values, and the last column still holds the logits.
+        pad = -tokens.shape[1] % 16
+        tokens, input_pos = (torch.cat([t, t[:, -1:].expand(-1, pad)], 1) for t in (tokens, input_pos))
+        torch._dynamo.mark_dynamic(tokens, 1, min=2, max=QUERY_BLOCK)
+        torch._dynamo.mark_dynamic(input_pos, 1, min=2, max=QUERY_BLOCK)
+        torch._dynamo.mark_dynamic(slots, 0)
+        return compiled_prefill(model, tokens, input_pos, slots)
+
+    return (padded_prefill if cuda and not model.args.n_experts else prefill), decode
+
+
+def slots_for(model: Transformer, length: int) -> Tensor:
+    """The cache slots to attend to for a context of `length` tokens: rounded up, by at most a quarter beyond 1,024.
+
+    Coarse steps keep the number of CUDA graphs (one for each size) small; attention reads what is rounded up too.
+    """
+    step = max(256 if model.slots.is_cuda else 64, 1 << max(0, length.bit_length() - 3))
+    return model.slots[: -(-length // step) * step]
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sample: Callable = sample,
+    prefill: Callable = prefill,
+    decode: Callable = decode_one_token,
+    stop_ids: Sequence[int] = (),
+    start: int = 0,
+) -> Iterator[Tensor]:
+    """Yield the new tokens column by column: int64 [B] on the CPU, -1 in rows that have met a stop id.
+
+    prompts: B lists of token ids, of any lengths. stop_ids are yielded, then end their row; the iterator ends with
+    the last row or after max_new_tokens. start: so many leading tokens of the prompts are in the cache already.
+    On CUDA the device runs one step ahead of what is yielded, so that reading a token never makes it wait.
+    Raises ValueError for an empty prompt, max_new_tokens below 1, or a context that the model was not made for.
+    """
+    device = model.tok_embeddings.weight.device
+    longest = max(map(len, prompts))
+    check_lengths(min(map(len, prompts)), longest, max_new_tokens, model.args.max_seq_len)
+    model.setup_caches(len(prompts), longest + max_new_tokens)  # nothing to do when they are large enough
+    if isinstance(sample, Sampler):
+        sample.reset(prompts, model.args.vocab_size, device)
+
+    # Shorter rows repeat their last token at its own position: that rewrites the same keys and values, needs no mask,
+    # and leaves every row's last logits in the last column.
+    tokens = torch.tensor([[*p, *[p[-1]] * (longest - len(p))] for p in prompts])[:, start:]
+    lengths = torch.tensor([[len(p)] for p in prompts])
+    input_pos = torch.minimum(torch.arange(start, longest), lengths - 1)
+    for chunk, pos in zip(tokens.split(QUERY_BLOCK, 1), input_pos.split(QUERY_BLOCK, 1), strict=True):
+        logits = prefill(model, chunk.to(device), pos.to(device), slots_for(model, int(pos.max()) + 1))
+    token, pos = sample(logits), lengths.to(device)
+
+    running = torch.ones(len(prompts), dtype=torch.bool)
+    stops = torch.tensor(stop_ids, dtype=torch.int64)
+    for i in range(max_new_tokens):
+        host, last = token[:, 0].to("cpu", non_blocking=True), i + 1 == max_new_tokens
+        if device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+            if not last:
+                token, pos = decode(model, token, pos, slots_for(model, longest + i + 1), sample)
+            arrived.synchronize()
+        elif device.type != "cpu":
+            torch.mps.synchronize()
+        yield torch.where(running, host, -1)
+        running &= ~torch.isin(host, stops)
+        if last or not running.any():
+            return
+        if device.type != "cuda":
+            token, pos = decode(model, token, pos, slots_for(model, longest + i + 1), sample)
+
+
+def check_lengths(shortest: int, longest: int, max_new_tokens: int, limit: int) -> None:
+    """ValueError, in one line, for lengths (in tokens) that cannot be served."""
+    if shortest == 0:
+        raise ValueError("empty prompt, and the tokenizer adds no BOS token: give at least one character")
+    if max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens {max_new_tokens}: it must be at least 1")
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt of {longest} tokens + {max_new_tokens} new ones exceed the context of {limit}; "
+            f"shorten the prompt or give --max_new_tokens {max(limit - longest, 0)} or fewer"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- one prompt, as text
+class StopStrings:
+    """Pass text on until one of the stop strings appears; what could become one is held back."""
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops, self.held, self.stopped = [s for s in stops if s], "", False
+
+    def feed(self, text: str, final: bool = False) -> str:
+        """The text that may be shown now; `stopped` tells whether a stop string, which is never shown, has come."""
+        if self.stopped:
+            return ""
+        self.held += text
+        found = [i for i in map(self.held.find, self.stops) if i >= 0]
+        if found:
+            shown, self.held, self.stopped = self.held[: min(found)], "", True
+            return shown
+        keep = 0
+        if not final:
+            keep = max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return shown
+
+
+def complete(
+    generation: Callable[[], Iterator[Tensor]],
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    stop_ids: Sequence[int],
+    stops: Sequence[str],
+    write: Callable[[str], None],
+) -> dict:
+    """Run one generation of batch 1, streaming its text to `write` -> tokens, text, finish_reason and timings (s)."""
+    begin = time.perf_counter()
+    stream, stop_text, tokens, text, reason = tokenizer.stream(ids), StopStrings(stops), [], [], "length"
+    first = now = begin
+    for column in generation():
+        now = time.perf_counter()
+        first = first if tokens else now
+        tokens.append(int(column[0]))
+        if tokens[-1] in stop_ids:
+            reason = "stop"
+            break
+        text.append(stop_text.feed(stream.feed(tokens[-1])))
+        write(text[-1])
+        if stop_text.stopped:
+            reason = "stop"
+            break
+    text.append(stop_text.feed(stream.flush(), final=True))
+    write(text[-1])
+    return {
+        "tokens": tokens,
+        "text": "".join(text),
+        "finish_reason": reason,
+        "prompt_tokens": len(ids),
+        "ttft_s": first - begin,
+        "decode_tok_s": (len(tokens) - 1) / (now - first) if len(tokens) > 1 else None,
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- reporting
+def weight_bytes(model: Transformer) -> float:
+    """Bytes of weights that one decode step reads: all but the embedding table, of the experts only those chosen."""
+    args = model.args
+    share = args.n_experts_per_token / args.n_experts if args.n_experts else 1.0
+    experts = (".moe.gate_up.", ".moe.down.")
+    return sum(
+        t.nbytes * (share if any(e in name for e in experts) else 1.0)
+        for name, t in model.state_dict().items()
+        if name != "tok_embeddings.weight"  # a tied head is listed under its own name too
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What the recorded measurements call a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory held so far: on the GPU where there is one, else by the process. GB = 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def peak_bandwidth(device: torch.device) -> float | None:
+    """Read bandwidth in GB/s as `benchmark.py` last measured it on this device; None: it has not yet."""
+    try:
+        return json.loads((CACHE_DIR / "bandwidth.json").read_text())[device_name(device)]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def report(result: dict) -> str:
+    """The figures of a result as a few lines for people."""
+
+    def row(name, value, unit, note=""):
+        return f"  {name:<12}{value:>10} {unit}{note}" if value is not None else None
+
+    def number(key, digits=1):
+        return None if result[key] is None else f"{result[key]:,.{digits}f}"
+
+    peak = result["percent_of_peak_bandwidth"]
+    share = f", {peak:.0f}% of the measured peak" if peak else ""
+    new, prompt = len(result["tokens"]), result["prompt_tokens"]
+    rows = [
+        row("load", number("load_s", 2), "s"),
+        row("compile", number("compile_s", 2), "s"),
+        row("first token", f"{result['ttft_s'] * 1e3:,.1f}", "ms"),
+        row("prefill", number("prefill_tok_s"), f"tok/s  ({prompt} tokens)"),
+        row("decode", number("decode_tok_s"), f"tok/s  ({new} tokens, {result['finish_reason']})"),
+        row("bandwidth", number("bandwidth_gbs"), "GB/s of weights", share),
+        row("peak memory", number("peak_memory_gb", 2), "GB"),
+    ]
+    return "\n".join(r for r in rows if r)
+
+
+# -------------------------------------------------------------------------------------------------------- the steps
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is; ValueError where it is not available."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in counts or (index and not index.isdigit()):
+        raise ValueError(f"--device {name}: not known; known: {', '.join(counts)} (or cuda:N)")
+    if int(index or 0) >= counts[kind]:
+        there = ", ".join(f"{k} ({n})" for k, n in counts.items() if n)
+        raise ValueError(f"--device {name}: not available on this machine; available: {there}")
+    return torch.device(name)
+
+
+def pick_dtype(name: str | None) -> torch.dtype | None:
+    """bf16 | fp16 | fp32 -> torch dtype; None: as the checkpoint has it."""
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"--dtype {name}: not known; known: {', '.join(DTYPES)}")
+    return DTYPES[name] if name else None
+
+
+def warm_up(model: Transformer, generation: Callable, length: int) -> None:
+    """Compile, and record the CUDA graphs of every context size up to `length` tokens."""
+    sizes = {slots_for(model, n).shape[0] for n in range(2, length + 1)} if model.slots.is_cuda else {2}
+    for size in sorted(sizes):
+        # A graph is warmed up, recorded and replayed in three steps. The prompt is short: the size is what counts.
+        new = min(4, length - 1)
+        for _ in generation([[0] * max(1, min(size, length) - new)], new, stop_ids=()):
+            pass
+
+
+@contextlib.contextmanager
+def profiler(file: str | None, device: torch.device):
+    """Record a Chrome trace of what runs inside to `file` (open it in https://ui.perfetto.dev)."""
+    if file is None:
+        yield
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")) as trace:
+        yield
+    trace.export_chrome_trace(file + ".tmp")
+    os.replace(file + ".tmp", file)
+
+
+def chat(run: Callable, tokenizer: Tokenizer, max_new_tokens: int, limit: int) -> list[dict]:
+    """Turns from the terminal until end of file; history is kept, and only what is new in it is prefilled."""
+    history, ids, cached, results = [], [], [], []
+    sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    if not tokenizer.has_chat_template:
+        print("no chat template in this checkpoint: it continues the text you type", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return results
+        except UnicodeDecodeError as error:
+            raise ValueError(f"stdin is not UTF-8: {error}") from None
+        if not line.strip():
+            continue
+        if tokenizer.has_chat_template:
+            history.append({"role": "user", "content": line})
+            ids = tokenizer.chat(history)
+            while len(ids) + max_new_tokens > limit and len(history) > 2:
+                history = history[2:]  # the oldest turn goes
+                ids = tokenizer.chat(history)
+        else:
+            ids = ids + tokenizer.encode(line + "\n", bos=None if not ids else False)
+            ids = ids[-max(limit - max_new_tokens, 1) :]
+        same = len(os.path.commonprefix([ids, cached]))  # works on any sequences
+        result = run(ids, start=min(same, len(ids) - 1))
+        print(flush=True)
+        # The last token may not have been fed to the model yet.
+        ids, cached = ids + result["tokens"], ids + result["tokens"][:-1]
+        history.append({"role": "assistant", "content": result["text"]})
+        results.append(result)
+
+
+# ------------------------------------------------------------------------------------------------------ the program
+def main(
+    checkpoint_path: str | Path,
+    prompt: list[str] | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: list[str],
+    ignore_eos: bool,
+    compile: bool,
+    device: str | None,
+    dtype: str | None,
+    max_seq_len: int | None,
+    interactive: bool,
+    num_samples: int,
+    json_line: bool,
+    profile: str | None,
+) -> None:
+    device, dtype = pick_device(device), pick_dtype(dtype)
+    sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty).to(device)
+    directory = resolve(checkpoint_path)
+    args, _ = read_config(directory)
+    tokenizer = Tokenizer(directory)
+
+    prompts = [] if interactive else [tokenizer.encode(p) for p in prompt or ["def fibonacci(n):"]]
+    shortest, longest = min(map(len, prompts), default=1), max(map(len, prompts), default=0)
+    context = min(args.max_seq_len, max_seq_len or (CHAT_CONTEXT if interactive else longest + max_new_tokens))
+    check_lengths(shortest, longest, max_new_tokens, context if max_seq_len or interactive else args.max_seq_len)
+
+    begin = time.perf_counter()
+    model = load_model(directory, device, dtype)
+    model.setup_caches(1, context)
+    load_s, compile_s = time.perf_counter() - begin, None
+
+    steps = {}
+    if compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE_DIR / "inductor"))
+        begin = time.perf_counter()
+        steps["prefill"], steps["decode"] = compile_callables(model)
+        warm_up(model, lambda p, n, **kw: generate(model, p, n, sampler, **steps, **kw), context)
+        compile_s = time.perf_counter() - begin
+    if seed is not None:
+        torch.manual_seed(seed)  # after the warm-up, which draws numbers too
+
+    stop_ids = () if ignore_eos else tokenizer.stop_ids
+    write = lambda text: print(text, end="", flush=True)  # noqa: E731
+
+    def run(ids: list[int], start: int = 0) -> dict:
+        result = complete(
+            lambda: generate(model, [ids], max_new_tokens, sampler, **steps, stop_ids=stop_ids, start=start),
+            tokenizer, ids, stop_ids, stop, write,
+        )  # fmt: skip
+        speed = result["decode_tok_s"]
+        bandwidth, peak = speed and speed * weight_bytes(model) / 1e9, peak_bandwidth(device)
+        return result | {
+            "load_s": load_s,
+            "compile_s": compile_s,
+            "prefill_tok_s": (len(ids) - start) / result["ttft_s"],
+            "bandwidth_gbs": bandwidth,
+            "percent_of_peak_bandwidth": 100 * bandwidth / peak if bandwidth and peak else None,
+            "peak_memory_gb": peak_memory_gb(device),
+        }
+
+    with profiler(profile, device):
+        if interactive:
+            results = chat(run, tokenizer, max_new_tokens, context)
+        else:
+            results = []
+            for ids, text in zip(prompts, prompt or ["def fibonacci(n):"], strict=True):
+                for _ in range(num_samples):
+                    write(text)
+                    results.append(run(ids))
+                    print(flush=True)
+    for result in results[-1:] if interactive else results:
+        print(report(result), file=sys.stderr)
+    if json_line:
+        print(json.dumps((results[-1] if results else {}) | {"samples": results}))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description="Generate text from a Llama-family checkpoint; with no argument, from the bundled demo model.",
+        epilog=f"Compiled code is kept in {CACHE_DIR / 'inductor'} (TORCHINDUCTOR_CACHE_DIR moves it), "
+        "so a second --compile of the same model starts faster.",
+        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=110, max_help_position=32),
+    )
+    p.error = lambda message: p.exit(2, f"{p.prog}: {message}\n")  # one line, as for every other error
+    a = p.add_argument
+    a("--checkpoint_path", default=Path(__file__).parent / "demo", metavar="DIR_OR_HUB_ID",
+      help="converted directory, Hugging Face directory, or hub id such as org/name")  # fmt: skip
+    a("--prompt", action="append", metavar="TEXT", help="may be given several times; default: def fibonacci(n):")
+    a("--max_new_tokens", type=int, default=200, metavar="N", help="tokens to generate at most")
+    a("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (argmax)")
+    a("--top_k", type=int, metavar="K", help="keep the K likeliest tokens; default: all")
+    a("--top_p", type=float, metavar="P", help="keep the likeliest tokens that reach probability P; default: all")
+    a("--min_p", type=float, metavar="P", help="keep tokens of at least P times the likeliest's probability")
+    a("--repetition_penalty", type=float, default=1.0, metavar="R", help="above 1: seen tokens become less likely")
+    a("--seed", type=int, metavar="S", help="make sampling repeatable (compiled and eager draw different numbers)")
+    a("--stop", nargs="+", default=[], metavar="STR", help="end at any of these strings, which are not printed")
+    a("--ignore_eos", action="store_true", help="go on after an end-of-sequence token")
+    a("--compile", action="store_true", help="torch.compile the step: slower start, faster decode")
+    a("--device", metavar="D", help="cuda, cuda:N, mps or cpu; default: the best there is")
+    a("--dtype", metavar="D", help="bf16, fp16 or fp32; default: as the checkpoint has it")
+    a("--max_seq_len", type=int, metavar="S",
+      help=f"tokens of KV cache; default: what is needed, in a chat the model's own up to {CHAT_CONTEXT}")  # fmt: skip
+    a("--interactive", action="store_true", help="chat in the terminal; end with Ctrl-D")
+    a("--num_samples", type=int, default=1, metavar="N", help="completions of each prompt, one after another")
+    a("--json", action="store_true", dest="json_line", help="last line of stdout: one JSON object with all figures")
+    a("--profile", metavar="FILE", help="write a Chrome trace of the generation (open it in ui.perfetto.dev)")
+    return p
+
+
+if __name__ == "__main__":
+    try:
+        main(**vars(parser().parse_args()))
+    except (ValueError, torch.OutOfMemoryError) as error:
+        print(f"generate.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
