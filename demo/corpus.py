@@ -172,14 +172,16 @@ def train_tokenizer(documents, megabytes):
     import sentencepiece
     share = megabytes * 1e6 / sum(len(text) for _, text in documents)
     sample = [text for path, text in documents if path_hash("tokenizer/" + path) < share]
-    # The trainer skips long sentences: hand it a few lines at a time. They keep their newlines, which become pieces.
+    # The trainer skips long sentences: hand it a few lines at a time. A newline is a piece of its own and part of no
+    # other, so that a prompt ending in "):" has the tokens that the model has seen before a new line.
     chunks = (chunk for text in sample for chunk in re.findall(r"(?:.*\n){1,40}", text) if len(chunk.encode()) < 8000)
     with tempfile.TemporaryDirectory() as tmp:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=chunks, model_prefix=f"{tmp}/tokenizer", model_type="bpe", vocab_size=4096,
             unk_id=0, bos_id=1, eos_id=2, pad_id=-1, byte_fallback=True, character_coverage=0.9995,
             split_digits=True, allow_whitespace_only_pieces=True, remove_extra_whitespaces=False,
-            normalization_rule_name="identity", add_dummy_prefix=False, max_sentence_length=8192, minloglevel=1)
+            normalization_rule_name="identity", add_dummy_prefix=False, user_defined_symbols=["\n"],
+            max_sentence_length=8192, minloglevel=1)
         for folder in (DEMO, DEMO / "draft"):
             shutil.copyfile(f"{tmp}/tokenizer.model", folder / "tokenizer.model")
             (folder / "tokenizer_config.json").write_text(json.dumps({
