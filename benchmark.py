@@ -10,6 +10,7 @@ commit, device and versions, to benchmarks/results.jsonl, from which the README'
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import statistics
@@ -32,6 +33,7 @@ from generate import (
     peak_memory_gb,
     pick_device,
     pick_dtype,
+    pick_recipe,
     warm_up,
     weight_bytes,
 )
@@ -193,6 +195,8 @@ def circumstances(device: torch.device) -> dict:
 def main(
     shape: list[str],
     checkpoint_path: str | None,
+    quant: list[str],
+    groupsize: int | None,
     device: str | None,
     dtype: str,
     batch: int,
@@ -208,25 +212,27 @@ def main(
     device, dtype = pick_device(device), pick_dtype(dtype)
     peak = read_bandwidth(device)
     print(f"{device_name(device)}: reads {peak:,.0f} GB/s (measured), torch {torch.__version__}")
-    print(f"{'model':<16}{'dtype':>6}{'batch':>6}{'GB':>8}{'tok/s':>9}{'step ms':>9}{'of peak':>9}{'first ms':>10}"
+    print(f"{'model':<16}{'mode':>9}{'batch':>6}{'GB':>8}{'tok/s':>9}{'step ms':>9}{'of peak':>9}{'first ms':>10}"
           f"{'compile s':>11}{'peak GB':>9}")  # fmt: skip
     rows = []
-    for name in [checkpoint_path] if checkpoint_path else shape:
+    for name, mode in itertools.product([checkpoint_path] if checkpoint_path else shape, quant):
+        recipe = pick_recipe(None if mode == "none" else mode, groupsize if mode == "int4" else None)
         begin = time.perf_counter()
         if checkpoint_path:
-            model = load_model(checkpoint_path, device, dtype)
+            model = load_model(checkpoint_path, device, dtype, recipe)
         else:
-            model = build_model(SHAPES[name], random_weights(SHAPES[name], device, dtype), device, dtype)
+            model = build_model(SHAPES[name], random_weights(SHAPES[name], device, dtype), device, dtype, recipe)
         synchronize(device)
         load_s = time.perf_counter() - begin
-        row = {"model": name, "quant": None, "dtype": str(dtype)[6:], "batch": batch, "prompt_tokens": prompt_tokens,
+        kind = f"int4 g{recipe['groupsize']}" if mode == "int4" else str(dtype)[6:] if recipe is None else mode
+        row = {"model": name, "mode": kind, "batch": batch, "prompt_tokens": prompt_tokens,
                "new_tokens": new_tokens, "load_s": load_s,
                **measure(model, prompt_tokens, new_tokens, batch, temperature, top_k, not no_compile, runs),
                "read_bandwidth_gbs": peak, **circumstances(device)}  # fmt: skip
         step = row["decode_step_ms"]
         row["percent_of_peak_bandwidth"] = step and 100 * row["weights_gb"] / step * 1e3 / peak
         rows.append(row)
-        print(f"{name:<16}{row['dtype']:>6}{batch:>6}{row['weights_gb']:>8.2f}{row['tok_s']:>9.1f}"
+        print(f"{name:<16}{kind:>9}{batch:>6}{row['weights_gb']:>8.2f}{row['tok_s']:>9.1f}"
               f"{step or 0:>9.3f}{row['percent_of_peak_bandwidth'] or 0:>8.1f}%{1e3 * row['ttft_s']:>10.1f}"
               f"{row['compile_s'] or 0:>11.1f}{row['peak_memory_gb']:>9.2f}", flush=True)  # fmt: skip
         if record_row:
@@ -249,6 +255,9 @@ def parser() -> argparse.ArgumentParser:
     a = p.add_argument
     a("--shape", nargs="+", choices=list(SHAPES), default=["tinyllama-1.1b"], metavar="NAME", help=", ".join(SHAPES))
     a("--checkpoint_path", metavar="DIR_OR_HUB_ID", help="measure this checkpoint instead of a shape")
+    a("--quant", nargs="+", choices=["none", "int8", "int4", "fp8"], default=["none"], metavar="MODE",
+      help="none, int8, int4, fp8: each is measured")
+    a("--groupsize", type=int, metavar="G", help="columns that share an int4 scale: 32, 64 or 128; default: 64")
     a("--device", metavar="D", help="cuda, cuda:N, mps or cpu; default: the best there is")
     a("--dtype", default="bf16", metavar="D", help="bf16, fp16 or fp32")
     a("--batch", type=int, default=1, metavar="B", help="rows decoded together")

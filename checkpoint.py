@@ -30,6 +30,7 @@ from torch import Tensor
 
 from convert_hf_checkpoint import args_from_hf, convert_state_dict, export_state_dict, stop_ids_from_hf
 from model import ModelArgs, Transformer
+from quantize import check_recipe, quantize_tensor, swap_linears
 
 META = "hotloop.json"
 FORMAT = 1
@@ -191,32 +192,51 @@ def build_model(
     tensors: Iterable[tuple[str, Tensor]],
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    quant: dict | None = None,
 ) -> Transformer:
     """A Transformer on `device` from a stream of (our parameter name, tensor); eval mode, no gradients.
 
-    dtype: what floating-point tensors become; None: as they come. Raises ValueError for a tensor that is unknown,
-    missing or of another shape than `args` say.
+    dtype: what floating-point tensors become; None: as they come. quant: a recipe (quantize.make_recipe); weights
+    that come as floats are quantized on the device one by one, those that are quantized already are taken as they
+    are. Raises ValueError for a tensor that is unknown, missing or of another shape than `args` say.
     """
     with torch.device("meta"):
         model = Transformer(args)
+    linears = swap_linears(model, quant) if quant else {}
     expected = model.state_dict()
-    if args.tie_embeddings:
+    if args.tie_embeddings and "output" not in linears:
         del expected["output.weight"]  # shares the embedding's memory
     state = {}
-    for name, tensor in tensors:
-        if name not in expected:
-            raise ValueError(f"tensor {name} is not part of this architecture")
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"tensor {name} has shape {list(tensor.shape)}, the configuration says {list(expected[name].shape)}"
-            )
-        state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    for name, tensor in _with_tied_head(tensors, args, "output" in linears):
+        for key, value in quantize_tensor(name, tensor.to(device), linears):
+            if key not in expected:
+                raise ValueError(f"tensor {key} is not part of this architecture")
+            want = expected[key]
+            if value.shape != want.shape:
+                raise ValueError(f"tensor {key} is {list(value.shape)}, the configuration says {list(want.shape)}")
+            module, _, leaf = key.rpartition(".")
+            stored = module in linears and leaf != "bias"  # int8 and the like, and their scales: exact, as they are
+            if stored and value.dtype != want.dtype:
+                raise ValueError(f"tensor {key} has dtype {value.dtype}, the quantization recipe says {want.dtype}")
+            state[key] = value if stored else value.to(dtype)
     missing = expected.keys() - state.keys()
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing, the first is {min(missing)}")
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     return model.to(device).requires_grad_(False).eval()  # .to: the buffers, which no checkpoint holds
+
+
+def _with_tied_head(tensors, args: ModelArgs, quantized_head: bool) -> Iterator[tuple[str, Tensor]]:
+    """A quantized head is a tensor of its own, also where the checkpoint ties it to the embedding."""
+    seen = set()
+    for name, tensor in tensors:
+        seen.add(name)
+        yield name, tensor
+        if name == "tok_embeddings.weight":
+            embedding = tensor
+    if args.tie_embeddings and quantized_head and not any(n.startswith("output.") for n in seen):
+        yield "output.weight", embedding
 
 
 def _with_progress(tensors: Iterable[tuple[str, Tensor]], total: int) -> Iterator[tuple[str, Tensor]]:
@@ -233,20 +253,44 @@ def _with_progress(tensors: Iterable[tuple[str, Tensor]], total: int) -> Iterato
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def load_model(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> Transformer:
-    """The model of a checkpoint directory or hub id, on `device`, in eval mode.
-
-    dtype: of the floating-point weights; None: as stored. Raises ValueError with one line for anything that is
-    wrong with the checkpoint.
-    """
+def open_checkpoint(path: str | Path) -> tuple[ModelArgs, dict | None, Iterable[tuple[str, Tensor]], int]:
+    """(args, quantization recipe or None, stream of (our name, tensor) in the model's order, bytes on disk)."""
     directory = resolve(path)
     args, config = read_config(directory)
     weights = Weights(directory)
-    tensors = weights.items() if (directory / META).exists() else convert_state_dict(config, weights)
+    if not (directory / META).exists():
+        return args, None, convert_state_dict(config, weights), weights.nbytes()
+    recipe = config.get("quantization")
+    with torch.device("meta"):
+        model = Transformer(args)
+    if recipe is not None:
+        try:
+            check_recipe(recipe)
+        except ValueError as error:
+            raise ValueError(f"{directory / META}: {error}") from None
+        swap_linears(model, recipe)
+    order = {name: i for i, name in enumerate(model.state_dict())}
+    names = sorted(weights, key=lambda n: order.get(n, len(order)))
+    return args, recipe, ((name, weights[name]) for name in names), weights.nbytes()
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    quant: dict | None = None,
+) -> Transformer:
+    """The model of a checkpoint directory or hub id, on `device`, in eval mode.
+
+    dtype: of the floating-point weights; None: as stored. quant: a recipe (quantize.make_recipe) to quantize by while
+    loading, for a checkpoint that is not quantized yet. Raises ValueError with one line for anything that is wrong.
+    """
+    directory = resolve(path)
+    args, recipe, tensors, nbytes = open_checkpoint(directory)
+    if recipe and quant:
+        raise ValueError(f"{directory}: is quantized already ({recipe['mode']}); load it without --quant")
     try:
-        return build_model(args, _with_progress(tensors, weights.nbytes()), device, dtype)
+        return build_model(args, _with_progress(tensors, nbytes), device, dtype, quant or recipe)
     except ValueError as error:
         if str(directory) in str(error):
             raise
@@ -291,6 +335,7 @@ def write_checkpoint(
             n_shards += 1
             file = f"model-{n_shards:05d}.safetensors"
             save_file(shard, tmp / file, metadata={"format": "pt"})
+            (tmp / file).chmod(0o644)  # safetensors creates files that only the owner may read
             weight_map.update(dict.fromkeys(shard, file))
             shard, size = {}, 0
 
@@ -335,7 +380,7 @@ def _tokenizer_kind(directory: Path) -> str | None:
     return "sentencepiece" if (directory / "tokenizer.model").exists() else None
 
 
-def metadata(args: ModelArgs, directory: Path) -> dict:
+def metadata(args: ModelArgs, directory: Path, recipe: dict | None = None) -> dict:
     """What `hotloop.json` holds for a checkpoint whose tokenizer and generation settings lie in `directory`."""
     if (directory / META).exists():
         stop_ids = read_json(directory / META).get("stop_ids", [])
@@ -348,6 +393,7 @@ def metadata(args: ModelArgs, directory: Path) -> dict:
     return {
         "format": FORMAT,
         "model_args": dataclasses.asdict(args),
+        "quantization": recipe,
         "stop_ids": stop_ids,
         "tokenizer": _tokenizer_kind(directory),
     }

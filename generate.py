@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from checkpoint import load_model, read_config, resolve
 from model import QUERY_BLOCK, Transformer
+from quantize import make_recipe
 from tokenizer import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -361,6 +362,15 @@ def pick_dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name] if name else None
 
 
+def pick_recipe(quant: str | None, groupsize: int | None) -> dict | None:
+    """The quantization recipe of --quant and --groupsize."""
+    if quant is None:
+        if groupsize is not None:
+            raise ValueError(f"--groupsize {groupsize}: it belongs to --quant int4")
+        return None
+    return make_recipe(quant, groupsize)
+
+
 def warm_up(model: Transformer, generation: Callable, length: int) -> None:
     """Compile, and record the CUDA graphs of every context size up to `length` tokens."""
     sizes = {slots_for(model, n).shape[0] for n in range(2, length + 1)} if model.slots.is_cuda else {2}
@@ -432,6 +442,8 @@ def main(
     stop: list[str],
     ignore_eos: bool,
     compile: bool,
+    quant: str | None,
+    groupsize: int | None,
     device: str | None,
     dtype: str | None,
     max_seq_len: int | None,
@@ -442,6 +454,7 @@ def main(
 ) -> None:
     device, dtype = pick_device(device), pick_dtype(dtype)
     sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty).to(device)
+    recipe = pick_recipe(quant, groupsize)
     directory = resolve(checkpoint_path)
     args, _ = read_config(directory)
     tokenizer = Tokenizer(directory)
@@ -452,7 +465,7 @@ def main(
     check_lengths(shortest, longest, max_new_tokens, context if max_seq_len or interactive else args.max_seq_len)
 
     begin = time.perf_counter()
-    model = load_model(directory, device, dtype)
+    model = load_model(directory, device, dtype, recipe)
     model.setup_caches(1, context)
     load_s, compile_s = time.perf_counter() - begin, None
 
@@ -523,6 +536,8 @@ def parser() -> argparse.ArgumentParser:
     a("--stop", nargs="+", default=[], metavar="STR", help="end at any of these strings, which are not printed")
     a("--ignore_eos", action="store_true", help="go on after an end-of-sequence token")
     a("--compile", action="store_true", help="torch.compile the step: slower start, faster decode")
+    a("--quant", metavar="MODE", help="quantize the weights while loading: int8, int4 or fp8")
+    a("--groupsize", type=int, metavar="G", help="columns that share an int4 scale: 32, 64 or 128; default: 64")
     a("--device", metavar="D", help="cuda, cuda:N, mps or cpu; default: the best there is")
     a("--dtype", metavar="D", help="bf16, fp16 or fp32; default: as the checkpoint has it")
     a("--max_seq_len", type=int, metavar="S",

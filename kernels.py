@@ -12,6 +12,7 @@ import functools
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -65,3 +66,24 @@ def _read_sum_kernel():
         tl.store(out + tl.program_id(0), tl.sum(total))
 
     return kernel
+
+
+# --------------------------------------------------------------------------------------------- linears of few rows
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [..., K] @ (weight int8 [N, K] * scale float32 [N]).T -> [..., N] in x's dtype."""
+    return (F.linear(x, weight.to(x.dtype)).float() * scale).to(x.dtype)
+
+
+def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [..., K] @ (weight float8_e4m3fn [N, K] * scale float32 [N]).T -> [..., N] in x's dtype."""
+    return (F.linear(x, weight.to(x.dtype)).float() * scale).to(x.dtype)
+
+
+def linear_int4(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x [..., K] @ W.T -> [..., N] in x's dtype, W = (nibble - zero) * scale.
+
+    weight uint8 [N, K/2], the even column in the low nibble; scale, zero float16 [N, K/groupsize].
+    """
+    q = torch.stack([weight & 15, weight >> 4], dim=-1).view(*scale.shape, -1)
+    w = (q.float() - zero[..., None].float()) * scale[..., None].float()
+    return F.linear(x, w.flatten(-2).to(x.dtype))

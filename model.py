@@ -309,9 +309,9 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features))
         nn.init.uniform_(self.weight, -(in_features**-0.5), in_features**-0.5)  # as nn.Linear does
 
-    def expert(self, e: int) -> Tensor:
-        """Expert e's matrix [out, in]."""
-        return self.weight[e]
+    def one(self, x_NC: Tensor, e: int) -> Tensor:
+        """All rows through expert e -> [N, out]."""
+        return F.linear(x_NC, self.weight[e])
 
     def forward(self, x_NC: Tensor, expert_N: Tensor) -> Tensor:
         """Row n through expert expert_N[n] -> [N, out]. For few rows: each row reads its expert's matrix."""
@@ -347,8 +347,8 @@ class MoE(nn.Module):
             y = torch.empty_like(rows)
             for e in expert_flat.unique().tolist():
                 mine = (expert_flat == e).nonzero()[:, 0]
-                gate, up = F.linear(rows[mine], self.gate_up.expert(e)).chunk(2, dim=-1)
-                y[mine] = F.linear(self.activation(gate) * up, self.down.expert(e))
+                gate, up = self.gate_up.one(rows[mine], e).chunk(2, dim=-1)
+                y[mine] = self.down.one(self.activation(gate) * up, e)
         y = (y.view(-1, self.top, y.shape[-1]) * weight[:, :, None]).sum(1)
         return x + y.view(x.shape)
 
