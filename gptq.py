@@ -1,0 +1,230 @@
+"""Calibration mathematics of 4-bit weights, as pure functions of tensors: RTN, HQQ and GPTQ.
+
+All three return the same triple for a weight [..., out, in] whose rows are cut into groups of `groupsize` inputs:
+    q uint8 [..., out, in] in 0 ... 15,   scale and zero float16 [..., out, in / groupsize],
+    weight ~ (q - zero) * scale   (zero may be fractional; groups are contiguous, whatever order was used inside)
+Scale and zero are rounded to float16 before q is chosen: what is stored is what was optimized. Leading dimensions are
+a batch (the experts of a layer); no function keeps state, changes its arguments (but for `accumulate_hessian`, which
+says so), or knows of modules.
+
+Try it:  python -c "import torch, gptq as g; w, x = torch.randn(64, 256), torch.randn(999, 256) @ torch.randn(256, 256)
+for q in (g.rtn(w, 64), g.hqq(w, 64), g.gptq(w, x.T @ x, 64)): print((x @ (g.dequantize(*q, 64) - w).T).norm())"
+
+Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323). HQQ, Badri and Shaji 2023 (mobiusml.github.io/hqq_blog).
+"""
+
+import torch
+from torch import Tensor
+
+LEVELS = 15  # q runs from 0 to 15
+SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number: a scale of zero would divide by zero
+
+
+def rtn(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round to nearest on the grid that spans each group's minimum, maximum and zero; zero is an integer.
+
+    weight: float [..., out, in] -> q, scale, zero as in the header. Errors are at most about scale / 2.
+    ValueError: groupsize does not divide `in`, a weight is not finite, or a range is beyond float16 scales.
+    """
+    groups = _groups(weight, groupsize)
+    scale, zero = _span(groups)
+    return _pack(_quantize(groups, scale, zero), scale, zero)
+
+
+@torch.no_grad()
+def hqq(
+    weight: Tensor, groupsize: int, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iters: int = 20
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Half-quadratic quantization: no data. Minimizes the l_p norm (p < 1) of the error over each group's zero.
+
+    Alternates a proximal step, which takes the few large errors out, and the zero that is best for the others, from
+    a few scales; each group keeps the best it met, so none ends worse than it began. Residuals are in units of the
+    scale, so that beta means the same for every weight. Shapes and errors as in `rtn`.
+    """
+    groups = _groups(weight, groupsize)
+    scale, zero = _span(groups)
+    best_scale, best_zero = scale, zero
+    best = _lp(groups, scale, zero, p)
+    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8):
+        s, z, b = _to16(scale * shrink), zero, beta
+        last = torch.full_like(best, torch.inf)
+        x = groups / s
+        for _ in range(iters):
+            q = (x + z).round_().clamp_(0, LEVELS)
+            residual = x + z - q
+            # The proximal operator of the l_p norm, generalized soft thresholding (the paper's equation 4).
+            size = residual.abs()
+            outlier = residual.sign() * (size - size.clamp(min=1e-4).pow(p - 1) / b).clamp(min=0)
+            z = (z - (residual - outlier).mean(-1, keepdim=True)).half().float()
+            loss = _lp(groups, s, z, p)
+            better = loss < best
+            best, best_scale, best_zero = (
+                torch.where(better, new, old) for new, old in ((loss, best), (s, best_scale), (z, best_zero))
+            )
+            if not (loss < last).any():
+                break
+            last, b = torch.minimum(loss, last), b * kappa
+    return _pack(_quantize(groups, best_scale, best_zero), best_scale, best_zero)
+
+
+@torch.no_grad()
+def gptq(
+    weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True, damp: float = 0.01
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GPTQ: quantize column by column; each column's error is made good by the columns not yet quantized.
+
+    weight: float [..., out, in]; hessian: [..., in, in], any positive multiple of sum x x^T over the calibration
+    inputs x (see `accumulate_hessian`). damp: share of the Hessian's mean diagonal that is added to the diagonal.
+    act_order: the columns that see the largest inputs go first, group by group and then inside each group, so that the
+    stored groups stay contiguous. A column (or an expert) that no input reached is simply rounded. Shapes and errors as
+    in `rtn`; also ValueError if the Hessian has another shape, is not finite, or is not positive semidefinite.
+    """
+    w = _groups(weight, groupsize).flatten(-2)
+    n = w.shape[-1]
+    if hessian.shape != (*w.shape[:-2], n, n):
+        raise ValueError(f"hessian is {list(hessian.shape)}; a weight {list(w.shape)} needs {[*w.shape[:-2], n, n]}")
+    h = hessian.float()
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    if act_order:
+        by_group = diagonal.unflatten(-1, (-1, groupsize))
+        inside = by_group.argsort(dim=-1, descending=True, stable=True)
+        outside = by_group.amax(-1).argsort(dim=-1, descending=True, stable=True)
+        order = inside + torch.arange(0, n, groupsize, device=w.device)[:, None]
+        order = order.take_along_dim(outside[..., None], -2).flatten(-2)
+        w = w.take_along_dim(order[..., None, :], -1)
+        h = h.take_along_dim(order[..., None, :], -1).take_along_dim(order[..., :, None], -2)
+    u = _inverse_factor(h, damp)  # h^-1 = u^T u
+    importance = u.diagonal(dim1=-2, dim2=-1).pow(-2)  # a squared error's cost, once the columns behind have mended it
+
+    w = w.mT.contiguous()  # [..., in, out]: a column of the weight is contiguous
+    q = torch.empty_like(w, dtype=torch.uint8)
+    scales, zeros = [], []
+    block = groupsize * max(1, 128 // groupsize)
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        b, ub = w[..., start:stop, :], u[..., start:stop, start:stop]
+        errors = torch.empty_like(b)
+        for i in range(stop - start):
+            if i % groupsize == 0:  # the group's grid suits its weights as the updates so far have left them
+                group = slice(start + i, start + i + groupsize)
+                scale, zero = _search(w[..., group, :].mT, importance[..., None, group])
+                scales.append(scale)
+                zeros.append(zero)
+                scale, zero = scale[..., 0], zero[..., 0]
+            column = b[..., i, :]
+            qi = _quantize(column, scale, zero)
+            q[..., start + i, :] = qi
+            errors[..., i, :] = error = (column - (qi - zero) * scale) / ub[..., i, i, None]
+            b[..., i + 1 :, :].addcmul_(ub[..., i, i + 1 :, None], error[..., None, :], value=-1)
+        # The columns behind the block are updated once a block: one large product instead of many thin ones.
+        w[..., stop:, :] -= u[..., start:stop, stop:].mT @ errors
+
+    q, scale, zero = q.mT, torch.cat(scales, -1), torch.cat(zeros, -1)
+    if act_order:
+        back = outside.argsort(-1)[..., None, :]
+        scale, zero = scale.take_along_dim(back, -1), zero.take_along_dim(back, -1)
+        q = q.take_along_dim(order.argsort(-1)[..., None, :], -1)
+    return q.contiguous(), scale.half(), zero.half()
+
+
+def accumulate_hessian(hessian: Tensor, x: Tensor) -> Tensor:
+    """hessian += x^T x, in place. hessian: float32 [in, in], zeros at first; x: a linear's inputs, [..., in].
+
+    A sum, not GPTQ's running mean of 2 x x^T: `gptq` does not depend on the factor, and sums need no counter.
+    """
+    x = x.reshape(-1, x.shape[-1]).float()
+    return hessian.addmm_(x.mT, x)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero: Tensor, groupsize: int) -> Tensor:
+    """(q - zero) * scale: q [..., out, in], scale and zero [..., out, in / groupsize] -> float32 [..., out, in]."""
+    groups = q.unflatten(-1, (-1, groupsize)).float()
+    return ((groups - zero.float()[..., None]) * scale.float()[..., None]).flatten(-2)
+
+
+# ---------------------------------------------------------------------------------------------------------- the pieces
+# Below, groups are float32 [..., groupsize], scale and zero float32 [..., 1] that hold float16 values.
+def _groups(weight: Tensor, groupsize: int) -> Tensor:
+    """[..., out, in] -> float32 [..., out, in / groupsize, groupsize], checked."""
+    n = weight.shape[-1]
+    if groupsize < 1 or n % groupsize:
+        raise ValueError(f"groupsize {groupsize} does not divide in_features {n}; choose a divisor of {n}")
+    limit = 65504.0 * LEVELS  # of the range of a group
+    size = weight.detach().abs().amax().item() if weight.numel() else 0.0
+    if not size < limit / 2:  # NaN too
+        raise ValueError(f"the largest weight is {size}; 4-bit groups need finite weights below {limit / 2:.0f}")
+    return weight.detach().float().unflatten(-1, (-1, groupsize))
+
+
+def _to16(x: Tensor) -> Tensor:
+    """A scale rounded to float16 (and never to zero), as float32."""
+    return x.half().float().clamp(min=SMALLEST_SCALE)
+
+
+def _span(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and integer zero of the grid from the smallest weight (or 0) to the largest (or 0)."""
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    scale = _to16((high - low) / LEVELS)
+    return scale, (-low / scale).round().clamp(0, LEVELS)
+
+
+def _quantize(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The nearest grid point's number, 0 ... 15, as float32."""
+    return (x / scale + zero).round_().clamp_(0, LEVELS)
+
+
+def _pack(q: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.to(torch.uint8).flatten(-2), scale[..., 0].half(), zero[..., 0].half()
+
+
+def _lp(groups: Tensor, scale: Tensor, zero: Tensor, p: float) -> Tensor:
+    """The sum of |error|^p over each group -> [..., 1]."""
+    return (groups - (_quantize(groups, scale, zero) - zero) * scale).abs().pow(p).sum(-1, keepdim=True)
+
+
+def _search(groups: Tensor, importance: Tensor, steps: int = 16, refine: int = 2) -> tuple[Tensor, Tensor]:
+    """The scale and the (fractional) zero with the least sum of importance * error^2, near enough.
+
+    From several shares of the group's span, alternates rounding and the weighted linear regression of the weights on
+    q; every grid met is judged by its own error, after its rounding to float16.
+    """
+    span, centre = _span(groups)
+    share = importance / importance.sum(-1, keepdim=True)
+    best_scale, best_zero, best = span, centre, torch.full_like(span, torch.inf)
+    for shrink in torch.linspace(1.0, 0.55, steps).tolist():
+        scale, zero = _to16(span * shrink), centre
+        for step in range(refine + 1):
+            q = _quantize(groups, scale, zero)
+            loss = ((groups - (q - zero) * scale).square() * share).sum(-1, keepdim=True)
+            better = loss < best
+            best, best_scale, best_zero = (
+                torch.where(better, new, old) for new, old in ((loss, best), (scale, best_scale), (zero, best_zero))
+            )
+            if step < refine:
+                mean_q, mean_w = (q * share).sum(-1, keepdim=True), (groups * share).sum(-1, keepdim=True)
+                dq = (q - mean_q) * share
+                slope = (dq * groups).sum(-1, keepdim=True) / (dq * q).sum(-1, keepdim=True).clamp(min=1e-6)
+                scale = torch.where(slope > span * 0.25, _to16(slope), scale)  # a group on one level has no slope
+                zero = (mean_q - mean_w / scale).clamp(-LEVELS, 2 * LEVELS).half().float()
+    return best_scale, best_zero
+
+
+def _inverse_factor(h: Tensor, damp: float) -> Tensor:
+    """Upper triangular u with u^T u = (h + damping)^-1, float32 [..., n, n].
+
+    Cholesky of h from its last row to its first gives h = r r^T with r upper triangular; then u = r^-1. That is one
+    factorization where the paper has two and an inverse between, so float32 goes a long way.
+    """
+    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    if not torch.isfinite(mean).all():
+        raise ValueError("the Hessian is not finite; look for NaN or infinity in the calibration activations")
+    # No input at all (an expert that no token chose): the identity, which makes GPTQ round to nearest.
+    damping = torch.where(mean > 0, damp * mean, 1.0).expand(h.shape[:-1])
+    for dtype in (torch.float32, torch.float64):
+        a = (h.to(dtype) + torch.diag_embed(damping.to(dtype))).flip(-1, -2)
+        r, info = torch.linalg.cholesky_ex(a)
+        if not info.any():
+            r = r.flip(-1, -2)
+            eye = torch.eye(h.shape[-1], dtype=dtype, device=h.device).expand_as(r)
+            return torch.linalg.solve_triangular(r, eye, upper=True).float()
+    raise ValueError(f"the Hessian with damp {damp} is not positive definite; raise damp, or calibrate on more text")
