@@ -176,7 +176,9 @@ def generate(
     device = model.tok_embeddings.weight.device
     longest = max(map(len, prompts))
     check_lengths(min(map(len, prompts)), longest, max_new_tokens, model.args.max_seq_len)
+    slots = model.slots
     model.setup_caches(len(prompts), longest + max_new_tokens)  # nothing to do when they are large enough
+    start = start if model.slots is slots else 0  # caches made anew hold nothing
     if isinstance(sample, Sampler):
         sample.reset(prompts, model.args.vocab_size, device)
 
@@ -216,9 +218,10 @@ def check_lengths(shortest: int, longest: int, max_new_tokens: int, limit: int) 
     if max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {max_new_tokens}: it must be at least 1")
     if longest + max_new_tokens > limit:
+        fewer = f" or give --max_new_tokens {limit - longest} or fewer" if limit > longest else ""
         raise ValueError(
             f"prompt of {longest} tokens + {max_new_tokens} new ones exceed the context of {limit}; "
-            f"shorten the prompt or give --max_new_tokens {max(limit - longest, 0)} or fewer"
+            f"shorten the prompt{fewer}"
         )
 
 

@@ -1,0 +1,35 @@
+"""Shared by all tests: no network, and tiny random models."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: a test must never reach for the network
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from model import ModelArgs, Transformer  # noqa: E402
+
+TINY = dict(
+    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=97, max_seq_len=4096
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A factory of random float32 models; keywords change ModelArgs, `seed` the weights.
+
+    The weights are large enough that logits lie units apart, so that greedy decoding meets no near ties.
+    """
+
+    def make(seed: int = 0, **changes) -> Transformer:
+        generator = torch.Generator().manual_seed(seed)
+        model = Transformer(ModelArgs(**TINY | changes))
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
+            else:
+                std = 0.5 if name == "tok_embeddings.weight" else 2.0 * weight.shape[-1] ** -0.5
+                weight.data = std * torch.randn(weight.shape, generator=generator)
+        return model.requires_grad_(False).eval()
+
+    return make
