@@ -91,8 +91,12 @@ def _download(repo: str) -> Path:
         try:
             return Path(hub.snapshot_download(repo, local_files_only=True))  # the hub is away; downloaded before?
         except errors.LocalEntryNotFoundError:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise ValueError(f"{repo}: no such directory here, and the hub does not answer: {reason}") from None
+            raise ValueError(f"{repo}: no such directory here, and the hub does not answer: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for a line of ours; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def read_json(path: Path) -> dict:
@@ -162,9 +166,11 @@ class Weights(Mapping):
                         # written before PyTorch 1.6: a format that cannot be mapped
                         self.files[name] = torch.load(path, map_location="cpu", weights_only=True)
             except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-                raise ValueError(f"{path}: truncated or corrupt: {str(error).splitlines()[0]}") from None
+                raise ValueError(f"{path}: truncated or corrupt: {first_line(error)}") from None
             except Exception as error:  # pickle.UnpicklingError: weights_only refuses anything but tensors
-                raise ValueError(f"{path}: not a plain tensor file: {str(error).splitlines()[0]}") from None
+                raise ValueError(f"{path}: not a plain tensor file: {first_line(error)}") from None
+            if name.endswith(".bin") and not isinstance(self.files[name], dict):
+                raise ValueError(f"{path}: holds a {type(self.files[name]).__name__}, not tensors by name")
         return self.files[name]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -233,7 +239,7 @@ def _with_tied_head(tensors, args: ModelArgs, quantized_head: bool) -> Iterator[
     for name, tensor in tensors:
         seen.add(name)
         yield name, tensor
-        if name == "tok_embeddings.weight":
+        if name == "tok_embeddings.weight" and args.tie_embeddings and quantized_head:
             embedding = tensor
     if args.tie_embeddings and quantized_head and not any(n.startswith("output.") for n in seen):
         yield "output.weight", embedding
@@ -286,10 +292,10 @@ def load_model(
     loading, for a checkpoint that is not quantized yet. Raises ValueError with one line for anything that is wrong.
     """
     directory = resolve(path)
-    args, recipe, tensors, nbytes = open_checkpoint(directory)
-    if recipe and quant:
-        raise ValueError(f"{directory}: is quantized already ({recipe['mode']}); load it without --quant")
     try:
+        args, recipe, tensors, nbytes = open_checkpoint(directory)
+        if recipe and quant:
+            raise ValueError(f"is quantized already ({recipe['mode']}); load it without --quant")
         return build_model(args, _with_progress(tensors, nbytes), device, dtype, quant or recipe)
     except ValueError as error:
         if str(directory) in str(error):
@@ -323,11 +329,10 @@ def write_checkpoint(
     """
     from safetensors.torch import save_file
 
-    out = check_out_dir(out_dir, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = check_out_dir(out_dir, overwrite).absolute()
     tmp = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    tmp.mkdir()
     try:
+        tmp.mkdir(parents=True)
         weight_map, shard, size, n_shards = {}, {}, 0, 0
 
         def flush():
@@ -367,11 +372,12 @@ def _move_into_place(tmp: Path, out: Path) -> None:
         return
     # Over an older checkpoint: file by file, each atomically; then whatever of the old one would be read instead.
     new = {f.name for f in tmp.iterdir()}
+    tokenizer = TOKENIZER_FILES if new.intersection(TOKENIZER_FILES) else ()
     for file in tmp.iterdir():
         file.replace(out / file.name)
-    for old in [*out.glob("model*.safetensors"), *out.glob("*.index.json")]:
+    for old in [*out.glob("model*.safetensors"), *out.glob("*.index.json"), *map(out.joinpath, (META, *tokenizer))]:
         if old.name not in new:
-            old.unlink()
+            old.unlink(missing_ok=True)
 
 
 def _tokenizer_kind(directory: Path) -> str | None:
