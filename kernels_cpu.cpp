@@ -1,0 +1,424 @@
+// Linears of few rows for the CPU: weights in bf16, int8 or int4 stream once from memory, activations stay exact.
+//
+// Built and called by kernels_cpu.py. Decoding reads every weight once a token, so the aim is the memory's read
+// bandwidth: about 11 cycles a core for each 64-byte line of weights, into which unpacking and multiplying must fit.
+//
+// One idea carries all formats. A bf16 holds every int8 and every int4 exactly, and a float32 is exactly the sum of
+// three bf16 (8 + 8 + 8 bits of significand). So every weight becomes bf16 in registers, a float32 activation becomes
+// three bf16 rows, and one instruction does the rest: dot(), 32 products summed in float32. Nothing is rounded on the
+// way but the float32 sums. Vectors are GCC/Clang vector extensions, 64 bytes wide, which any machine compiles (AVX2:
+// two registers each); AVX-512 intrinsics replace them in four places where they save instructions.
+//
+// The headers are PyTorch's stable ABI ones: they compile in 2 s where torch/library.h takes 10.
+// Sources: Intel's intrinsics guide (vdpbf16ps, vpermw); the fp16 decoding by a multiplication is F. Giesen's.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <optional>
+#include <vector>
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define HAVE_AVX512 1
+#endif
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Floats = float __attribute__((vector_size(64)));   // 16 float32
+using Words = uint32_t __attribute__((vector_size(64)));  // 32 bf16: word i holds columns 2i (low half) and 2i + 1
+using Ints = int32_t __attribute__((vector_size(64)));
+#define INLINE inline __attribute__((always_inline))
+
+// ------------------------------------------------------------------------------------------------------ primitives
+template <class V>
+INLINE V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);  // one unaligned load
+  return v;
+}
+
+INLINE Floats dot(Floats sum, Words w, Words x) {  // sum[i] += w[2i] * x[2i] + w[2i + 1] * x[2i + 1]
+#ifdef HAVE_AVX512
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+#else
+  sum += (Floats)(w << 16) * (Floats)(x << 16);  // a bf16 is the upper half of a float32
+  return sum + (Floats)(w & 0xffff0000u) * (Floats)(x & 0xffff0000u);
+#endif
+}
+
+INLINE Words to_bf16(Ints even, Ints odd) {  // small integers: their float32 has no bits below bf16's
+  return (Words)__builtin_convertvector(even, Floats) >> 16 | (Words)__builtin_convertvector(odd, Floats);
+}
+
+INLINE Words int8_to_bf16(const uint8_t* p) {
+#ifdef HAVE_AVX512
+  __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  __m512 hi = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 16))));
+  return (Words)_mm512_cvtne2ps_pbh(hi, lo);
+#else
+  using Shorts = uint16_t __attribute__((vector_size(32)));
+  Ints pairs = __builtin_convertvector(load<Shorts>(p), Ints);
+  return to_bf16(pairs << 24 >> 24, pairs << 16 >> 24);
+#endif
+}
+
+INLINE Words int4_to_bf16(Words w, int k) {  // nibble k of each of 32 halves
+#ifdef HAVE_AVX512
+  // vpermw looks 32 halves up at once and obeys 5 bits of each: the table of 16 is repeated, the 5th bit is moot.
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0,
+      0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170));
+  return (Words)_mm512_permutexvar_epi16((__m512i)(w >> (4 * k)), table);
+#else
+  return to_bf16((Ints)(w >> (4 * k) & 15), (Ints)(w >> (4 * k + 16) & 15));
+#endif
+}
+
+INLINE Floats high_fp16(Words w) {  // the fp16 in the upper half of each word; bf16 and fp16 differ by 2^112
+  return (Floats)((Ints)w >> 3 & (int32_t)0x8fffe000) * 0x1p112f;
+}
+
+INLINE Words spread(const uint32_t* p, int shift) {  // word i = p[i >> shift], reading no more than that
+#ifdef HAVE_AVX512
+  const __m512i i = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i few = _mm512_maskz_loadu_epi32((1u << (16 >> shift)) - 1, p);
+  return (Words)_mm512_permutexvar_epi32(_mm512_srl_epi32(i, _mm_cvtsi32_si128(shift)), few);
+#else
+  Words v;
+  for (int i = 0; i < 16; i++) v[i] = p[i >> shift];
+  return v;
+#endif
+}
+
+INLINE float sum(Floats v) {
+#ifdef HAVE_AVX512
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s = 0;
+  for (int i = 0; i < 16; i++) s += v[i];
+  return s;
+#endif
+}
+
+INLINE float from_bits(uint32_t b) { float f; std::memcpy(&f, &b, 4); return f; }
+INLINE uint32_t bits(float f) { uint32_t b; std::memcpy(&b, &f, 4); return b; }
+INLINE uint16_t round_bf16(float f) {  // to nearest even; a NaN stays one
+  uint32_t b = bits(f);
+  return f != f ? 0x7fc0 : (b + 0x7fff + (b >> 16 & 1)) >> 16;
+}
+
+// ----------------------------------------------------------------------------------------------------- activations
+struct alignas(64) Line { uint32_t word[16]; };  // 32 bf16 (or 16 float32)
+
+// Rows of bf16, padded with zeros, in the order in which the weights come. `parts` rows stand for each of the caller's.
+struct Activations {
+  int64_t rows, parts, lines;  // lines: of one row
+  const Line* x;
+  std::vector<Line> own;
+  std::vector<Line> sums;  // int4 only: for each row and block, the float32 sums of its 16 stretches of 16 columns
+
+  Activations(const Tensor& t, int64_t K, int64_t block) {  // block: columns that the weights interleave
+    const int64_t M = t.numel() / K;
+    const bool is_float = t.scalar_type() == ScalarType::Float;
+    parts = is_float ? 3 : 1, rows = M * parts, lines = (K + block - 1) / block * (block / 32);
+    x = (const Line*)t.const_data_ptr();
+    if (!is_float && block == 32 && K % 32 == 0) return;  // as it is
+    own.resize(rows * lines);  // zeros
+    x = own.data();
+    for (int64_t m = 0; m < M; m++) {
+      auto* to = (uint16_t*)&own[m * parts * lines];
+      if (!is_float) std::memcpy(to, (const uint16_t*)t.const_data_ptr() + m * K, K * 2);
+      else for (int64_t k = 0; k < K; k++) {
+        float rest = ((const float*)t.const_data_ptr())[m * K + k];
+        for (int64_t p = 0; p < 3; p++) {
+          float part = from_bits(bits(rest) & 0xffff0000u);  // truncated, so that what is left is exact
+          to[p * lines * 32 + k] = bits(part) >> 16;
+          rest -= part;
+        }
+      }
+    }
+    if (block == 256) interleave();
+  }
+
+  void interleave() {  // word t of each stretch of 16 columns moves to line t of its block of 256
+    sums.resize(own.size() / 8);
+    for (size_t b = 0; b < sums.size(); b++) {
+      Line in[8];
+      std::memcpy(in, &own[b * 8], sizeof in);
+      Floats s = {};
+      for (int t = 0; t < 8; t++) {
+        for (int j = 0; j < 16; j++) own[b * 8 + t].word[j] = in[j / 2].word[j % 2 * 8 + t];
+        Words w = load<Words>(&own[b * 8 + t]);
+        s += (Floats)(w << 16) + (Floats)(w & 0xffff0000u);
+      }
+      std::memcpy(&sums[b], &s, sizeof s);
+    }
+  }
+};
+
+// --------------------------------------------------------------------------------------------------------- kernels
+// tile(): out[m * R + r] = dot product of weight row n[r] with activation row m0 + m. R rows of weights share each
+// load of the activations, M rows of activations share each unpacking of the weights; the sums stay in registers.
+constexpr int64_t AHEAD = 1024;  // bytes to prefetch ahead in each row of weights
+
+struct Bf16 {
+  static constexpr int64_t bytes = 64;  // of 32 columns
+  static INLINE Words unpack(const uint8_t* p) { return load<Words>(p); }
+};
+struct Int8 {
+  static constexpr int64_t bytes = 32;
+  static INLINE Words unpack(const uint8_t* p) { return int8_to_bf16(p); }
+};
+
+template <class Format>
+struct Plain {  // columns in order
+  static constexpr int64_t block = 32;
+  const uint8_t* w;
+  int64_t K;
+  int64_t row_bytes() const { return K * Format::bytes / 32; }
+
+  template <int R, int M>
+  void tile(const int64_t* n, const Activations& a, int64_t m0, float* out) const {
+    const uint8_t* from[R];
+    for (int r = 0; r < R; r++) from[r] = w + n[r] * row_bytes();
+    const Line* x = a.x + m0 * a.lines;
+    Floats acc[R][M] = {};
+    auto step = [&](const uint8_t* const* p, int64_t offset, int64_t line) __attribute__((always_inline)) {
+      Words wr[R];
+      for (int r = 0; r < R; r++) {
+        __builtin_prefetch(p[r] + offset + AHEAD);
+        wr[r] = Format::unpack(p[r] + offset);
+      }
+      for (int m = 0; m < M; m++) {
+        Words xm = load<Words>(x + m * a.lines + line);
+        for (int r = 0; r < R; r++) acc[r][m] = dot(acc[r][m], wr[r], xm);
+      }
+    };
+    const int64_t steps = K / 32, done = steps * Format::bytes;
+    for (int64_t i = 0; i < steps; i++) step(from, i * Format::bytes, i);
+    if (K % 32) {  // the last columns, padded with zeros
+      uint8_t last[R][64] = {};
+      for (int r = 0; r < R; r++) from[r] = (uint8_t*)std::memcpy(last[r], from[r] + done, row_bytes() - done);
+      step(from, 0, steps);
+    }
+    for (int m = 0; m < M; m++)
+      for (int r = 0; r < R; r++) out[m * R + r] = sum(acc[r][m]);
+  }
+};
+
+// A block of 256 columns is 16 stretches of 16, one for each float32 lane of a sum: dot() t multiplies columns 2t and
+// 2t + 1 of every stretch. After 8 of them lane j holds stretch j's sum, so one multiplication applies all the groups'
+// scales. The 128 bytes of a block are two lines of 32 halves; nibble k of line l belongs to t = 4 l + k.
+struct Int4 {
+  static constexpr int64_t block = 256;
+  const uint8_t* w;
+  const uint32_t* scales;  // [N, groups]: fp16 scale in the upper half, fp16 zero in the lower
+  int64_t blocks, groups;  // of one row
+  int shift;               // log2 of the stretches in a group
+  int64_t row_bytes() const { return blocks * 128; }
+
+  template <int R, int M>
+  void tile(const int64_t* n, const Activations& a, int64_t m0, float* out) const {
+    Floats acc[R][M] = {};
+    for (int64_t b = 0; b < blocks; b++) {
+      Floats part[R][M], scale[R];
+      for (int r = 0; r < R; r++) {
+        Words s = spread(scales + n[r] * groups + (b * 16 >> shift), shift);
+        scale[r] = high_fp16(s);
+        for (int m = 0; m < M; m++)  // the sum of (q - zero) * x begins with -zero * sum of x
+          part[r][m] = high_fp16(s << 16) * -load<Floats>(&a.sums[(m0 + m) * blocks + b]);
+      }
+      const Line* x = a.x + m0 * a.lines + b * 8;
+      for (int l = 0; l < 2; l++) {
+        Words q[R];
+        for (int r = 0; r < R; r++) {
+          const uint8_t* p = w + n[r] * row_bytes() + b * 128 + l * 64;
+          __builtin_prefetch(p + AHEAD);
+          q[r] = load<Words>(p);
+        }
+        for (int k = 0; k < 4; k++) {
+          Words wr[R];
+          for (int r = 0; r < R; r++) wr[r] = int4_to_bf16(q[r], k);
+          for (int m = 0; m < M; m++) {
+            Words xm = load<Words>(x + m * a.lines + l * 4 + k);
+            for (int r = 0; r < R; r++) part[r][m] = dot(part[r][m], wr[r], xm);
+          }
+        }
+      }
+      for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) acc[r][m] += part[r][m] * scale[r];
+    }
+    for (int m = 0; m < M; m++)
+      for (int r = 0; r < R; r++) out[m * R + r] = sum(acc[r][m]);
+  }
+};
+
+// --------------------------------------------------------------------------------------------------------- drivers
+// f(first, last) over [0, N) on PyTorch's threads, in chunks that whoever is free takes: a core that another process
+// holds for a moment then delays one chunk, not half the rows. Less than THREAD_BYTES is not worth waking a thread.
+constexpr int64_t CHUNK_BYTES = 1 << 16, THREAD_BYTES = 1 << 17;
+
+template <class F>
+void parallel_rows(int64_t N, int64_t row_bytes, const F& f) {
+  const int64_t chunk = (std::max<int64_t>(CHUNK_BYTES / row_bytes, 1) + 3) / 4 * 4;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), N * row_bytes / THREAD_BYTES);
+  if (threads < 2) return f(0, N);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t n; (n = next.fetch_add(chunk)) < N;) f(n, std::min(n + chunk, N));
+  });
+}
+
+struct Output {  // y[m, n] = sum * scale[n] + bias[n], in x's dtype
+  void* y;
+  bool is_float;
+  int64_t N;
+  const float *scale, *bias;  // either may be null
+  void put(int64_t m, int64_t n, float sum) const {
+    sum = sum * (scale ? scale[n] : 1) + (bias ? bias[n] : 0);
+    if (is_float) ((float*)y)[m * N + n] = sum;
+    else ((uint16_t*)y)[m * N + n] = round_bf16(sum);
+  }
+};
+
+template <int M, class W>
+void rows(const W& w, const Activations& a, int64_t m0, int64_t first, int64_t last, const Output& y) {
+  constexpr int R = M <= 4 ? 4 : 2;
+  float out[M * R];
+  for (int64_t n0 = first; n0 < last; n0 += R) {
+    int64_t n[R];
+    for (int r = 0; r < R; r++) n[r] = std::min(n0 + r, last - 1);  // beyond the end: the last row once more
+    w.template tile<R, M>(n, a, m0, out);
+    for (int m = 0; m < M; m += a.parts)
+      for (int r = 0; r < R && n0 + r < last; r++) {
+        float s = 0;
+        for (int p = a.parts - 1; p >= 0; p--) s += out[(m + p) * R + r];  // the small parts first
+        y.put((m0 + m) / a.parts, n[r], s);
+      }
+  }
+}
+
+template <class W>
+Tensor linear(const W& w, const Tensor& x, int64_t N, const float* scale, const std::optional<Tensor>& bias) {
+  const auto sizes = x.sizes();
+  const int64_t dim = x.dim(), K = sizes[dim - 1];
+  const bool is_float = x.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(is_float || x.scalar_type() == ScalarType::BFloat16, "x must be bfloat16 or float32");
+  STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
+  std::vector<int64_t> shape(sizes.begin(), sizes.end()), strides(dim, 1);
+  shape[dim - 1] = N;
+  for (int64_t d = dim - 2; d >= 0; d--) strides[d] = strides[d + 1] * shape[d + 1];
+  AtenTensorHandle handle;
+  aoti_torch_empty_strided(dim, shape.data(), strides.data(),
+      is_float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(), aoti_torch_device_type_cpu(), 0, &handle);
+  Tensor y(handle);
+  const Activations a(x, K, W::block);
+  const Output out{y.mutable_data_ptr(), is_float, N, scale, bias ? (const float*)bias->const_data_ptr() : nullptr};
+  STD_TORCH_CHECK(!bias || (bias->scalar_type() == ScalarType::Float && bias->numel() == N), "bias: float32 [N]");
+  parallel_rows(N, w.row_bytes(), [&](int64_t first, int64_t last) {
+    for (int64_t m = 0; m < a.rows;) {  // at most 8 rows at once; their weights are in the cache from then on
+      const int64_t left = std::min<int64_t>(a.rows - m, 8 / a.parts * a.parts);
+      switch (left) {
+        case 1: rows<1>(w, a, m, first, last, out); break;
+        case 2: rows<2>(w, a, m, first, last, out); break;
+        case 3: rows<3>(w, a, m, first, last, out); break;
+        case 4: rows<4>(w, a, m, first, last, out); break;
+        case 5: rows<5>(w, a, m, first, last, out); break;
+        case 6: rows<6>(w, a, m, first, last, out); break;
+        case 7: rows<7>(w, a, m, first, last, out); break;
+        default: rows<8>(w, a, m, first, last, out);
+      }
+      m += left;
+    }
+  });
+  return y;
+}
+
+void check(const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous() && t.is_cpu() && t.size(0) == rows &&
+      (columns < 0 || t.size(1) == columns), name, ": wrong dtype, shape, strides or device");
+}
+
+Tensor linear_bf16(Tensor x, Tensor w, std::optional<Tensor> bias) {
+  const int64_t N = w.size(0), K = x.size(-1);
+  check(w, ScalarType::BFloat16, N, K, "w");
+  return linear(Plain<Bf16>{(const uint8_t*)w.const_data_ptr(), K}, x, N, nullptr, bias);
+}
+
+Tensor linear_int8(Tensor x, Tensor w, Tensor scale, std::optional<Tensor> bias) {
+  const int64_t N = w.size(0), K = x.size(-1);
+  check(w, ScalarType::Char, N, K, "w");
+  check(scale, ScalarType::Float, N, -1, "scale");
+  return linear(Plain<Int8>{(const uint8_t*)w.const_data_ptr(), K}, x, N, (const float*)scale.const_data_ptr(), bias);
+}
+
+Int4 int4(const Tensor& w, const Tensor& scales, int64_t groupsize) {
+  const int64_t N = w.size(0), blocks = w.size(1) / 128, groups = blocks * 256 / groupsize;
+  STD_TORCH_CHECK(groupsize == 32 || groupsize == 64 || groupsize == 128, "groupsize must be 32, 64 or 128");
+  check(w, ScalarType::Byte, N, blocks * 128, "w");
+  check(scales, ScalarType::Int, N, groups, "scales");
+  return {(const uint8_t*)w.const_data_ptr(), (const uint32_t*)scales.const_data_ptr(), blocks, groups,
+          groupsize == 32 ? 1 : groupsize == 64 ? 2 : 3};
+}
+
+Tensor linear_int4(Tensor x, Tensor w, Tensor scales, int64_t groupsize, std::optional<Tensor> bias) {
+  const Int4 w4 = int4(w, scales, groupsize);
+  STD_TORCH_CHECK((x.size(-1) + 255) / 256 == w4.blocks, "x and w differ in columns");
+  return linear(w4, x, w.size(0), nullptr, bias);
+}
+
+// ---------------------------------------------------------------------------------------------------- dequantising
+Tensor dequantize_int8(Tensor w, Tensor scale, ScalarType dtype) {
+  const int64_t N = w.size(0), K = w.size(1);
+  check(w, ScalarType::Char, N, K, "w");
+  check(scale, ScalarType::Float, N, -1, "scale");
+  Tensor y = torch::stable::new_empty(w, {N, K}, dtype);
+  const auto* q = (const int8_t*)w.const_data_ptr();
+  const auto* s = (const float*)scale.const_data_ptr();
+  parallel_rows(N, K, [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; n++)
+      if (dtype == ScalarType::Float)
+        for (int64_t k = n * K; k < (n + 1) * K; k++) ((float*)y.mutable_data_ptr())[k] = q[k] * s[n];
+      else
+        for (int64_t k = n * K; k < (n + 1) * K; k++) ((uint16_t*)y.mutable_data_ptr())[k] = round_bf16(q[k] * s[n]);
+  });
+  return y;
+}
+
+Tensor dequantize_int4(Tensor w, Tensor scales, int64_t groupsize, int64_t K, ScalarType dtype) {
+  const Int4 w4 = int4(w, scales, groupsize);
+  const int64_t N = w.size(0);
+  Tensor y = torch::stable::new_empty(w, {N, K}, dtype);
+  parallel_rows(N, w4.row_bytes(), [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; n++)
+      for (int64_t k = 0; k < K; k += 16) {  // a stretch: word k % 256 / 16 of each of the block's two lines
+        const auto* p = (const uint32_t*)(w4.w + n * w4.row_bytes() + k / 256 * 128) + k % 256 / 16;
+        const uint32_t s = w4.scales[n * w4.groups + k / groupsize];
+        const Floats both = high_fp16(Words{s, s << 16});
+        for (int64_t i = 0; i < 16; i++) {
+          float value = ((p[i / 8 * 16] >> (i % 2 * 16 + i % 8 / 2 * 4) & 15) - both[1]) * both[0];
+          if (dtype == ScalarType::Float) ((float*)y.mutable_data_ptr())[n * K + k + i] = value;
+          else ((uint16_t*)y.mutable_data_ptr())[n * K + k + i] = round_bf16(value);
+        }
+      }
+  });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY(hotloop, m) {
+  m.def("linear_bf16(Tensor x, Tensor w, Tensor? bias) -> Tensor");
+  m.def("linear_int8(Tensor x, Tensor w, Tensor scale, Tensor? bias) -> Tensor");
+  m.def("linear_int4(Tensor x, Tensor w, Tensor scales, int groupsize, Tensor? bias) -> Tensor");
+  m.def("dequantize_int8(Tensor w, Tensor scale, ScalarType dtype) -> Tensor");
+  m.def("dequantize_int4(Tensor w, Tensor scales, int groupsize, int K, ScalarType dtype) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hotloop, CPU, m) {
+  m.impl("linear_bf16", TORCH_BOX(&linear_bf16));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("linear_int4", TORCH_BOX(&linear_int4));
+  m.impl("dequantize_int8", TORCH_BOX(&dequantize_int8));
+  m.impl("dequantize_int4", TORCH_BOX(&dequantize_int4));
+}

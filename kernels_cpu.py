@@ -1,0 +1,190 @@
+"""Fast linears of few rows for the CPU, in C++ (kernels_cpu.cpp), each beside its plain PyTorch reference.
+
+Decoding reads each weight once for each token, so these kernels are made to run at the memory's read bandwidth.
+The C++ is compiled when a kernel is first wanted (a few seconds, once for a machine) and cached; without a compiler,
+or with HOTLOOP_NO_CPP=1, the references run and give the same numbers. Nothing is built or imported on import.
+
+Shapes: x [..., K] bfloat16 or float32, y [..., N] in x's dtype, bias [N]. Sums are in float32, and activations are
+never quantized. Weights: bf16 [N, K]; int8 [N, K] with a float32 scale [N]; int4 as `pack_int4` makes it.
+
+Try it:  python -c "import torch, kernels_cpu as k; print(k.available());
+         print(k.linear_bf16(torch.ones(1, 64), torch.ones(8, 64, dtype=torch.bfloat16)))"
+
+Sources: PyTorch's stable ABI (docs.pytorch.org, "LibTorch Stable ABI"); kernels_cpu.cpp names those of the kernels.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Up to so many rows of x the kernels beat dequantising and F.linear (measured with 2 threads on AVX-512).
+MAX_ROWS = 16
+
+
+# ----------------------------------------------------------------------------------------------------------- build
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether the C++ kernels can run; builds them at the first call. Never raises: one line on stderr says why not."""
+    return _load() is None
+
+
+@functools.cache
+def _load() -> str | None:
+    """Builds if need be, loads, registers. Returns None, or what went wrong (told on stderr once)."""
+    if os.environ.get("HOTLOOP_NO_CPP") == "1":
+        return "switched off"
+    try:
+        torch.ops.load_library(_build())
+        _register_fakes()
+        return None
+    except Exception as error:  # whatever it is, the references still work
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        print(f"hotloop: no C++ CPU kernels, slower ones run instead ({reason})", file=sys.stderr)
+        return reason
+
+
+def _build() -> str:
+    """Compiles kernels_cpu.cpp unless the cache has it; returns the library's path.
+
+    The compiler is called directly: torch.utils.cpp_extension takes a second to import, and its lock file outlives
+    a killed process. Here the lock dies with its process, and a rename makes the library appear whole or not at all.
+    """
+    source = Path(__file__).with_name("kernels_cpu.cpp")
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        raise RuntimeError("no C++ compiler: install g++ or set CXX")
+    torch_dir = Path(torch.__file__).parent
+    command = [*compiler.split(), "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-w", str(source)]
+    command += [f"-I{torch_dir}/include", f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10"]
+    # -march=native makes the library this CPU's own: a home directory shared between machines needs one for each.
+    key = repr((command, source.read_bytes(), torch.__version__, _cpu_flags()))
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/hotloop/cpp").expanduser()
+    library = cache / f"kernels_cpu_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        import fcntl
+
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():  # another process may have built it meanwhile
+                unfinished = library.with_suffix(f".{os.getpid()}.tmp")
+                try:
+                    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+                    if done.returncode:
+                        errors = [line for line in done.stderr.splitlines() if "error" in line] or ["failed"]
+                        raise RuntimeError(f"{compiler}: {errors[0]}")
+                    unfinished.rename(library)
+                finally:
+                    unfinished.unlink(missing_ok=True)
+    return str(library)
+
+
+def _cpu_flags() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes for torch.compile, which then keeps each operator as one call."""
+
+    def linear(x, w, *args):
+        return x.new_empty(*x.shape[:-1], w.shape[0])
+
+    for name in ("linear_bf16", "linear_int8", "linear_int4"):
+        torch.library.register_fake(f"hotloop::{name}", linear)
+    torch.library.register_fake("hotloop::dequantize_int8", lambda w, scale, dtype: torch.empty_like(w, dtype=dtype))
+    torch.library.register_fake(
+        "hotloop::dequantize_int4", lambda w, scales, groupsize, K, dtype: w.new_empty(w.shape[0], K, dtype=dtype)
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- linears
+def linear_bf16(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] @ w.T for w bfloat16 [N, K] contiguous."""
+    if _few_rows(x):
+        return torch.ops.hotloop.linear_bf16(x.contiguous(), w, _float(bias))
+    return _linear(x, w, bias)
+
+
+def linear_int8(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] @ (w * scale[:, None]).T for w int8 [N, K] and scale float32 [N], contiguous."""
+    if _few_rows(x):
+        return torch.ops.hotloop.linear_int8(x.contiguous(), w, scale, _float(bias))
+    return _linear(x, dequantize_int8(w, scale, x.dtype), bias)
+
+
+def linear_int4(x: Tensor, w: Tensor, scales: Tensor, groupsize: int, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] @ ((q - zero) * scale).T for w, scales of `pack_int4`."""
+    if _few_rows(x):
+        return torch.ops.hotloop.linear_int4(x.contiguous(), w, scales, groupsize, _float(bias))
+    return _linear(x, dequantize_int4(w, scales, groupsize, x.shape[-1], x.dtype), bias)
+
+
+def _few_rows(x: Tensor) -> bool:
+    return x.numel() <= MAX_ROWS * x.shape[-1] and x.is_cpu and available()
+
+
+def _float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()
+
+
+def _linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+# ------------------------------------------------------------------------------------------------- int4's packing
+def pack_int4(w: Tensor, scale: Tensor, zero: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
+    """Canonical int4 -> what the kernel streams: (w uint8 [N, C/2], scales int32 [N, C/groupsize]), C = K up to 256s.
+
+    w uint8 [N, K/2] has the even column in the low nibble; scale, zero float16 [N, K/groupsize], groupsize 32, 64 or
+    128. Columns of a block of 256 go where one instruction wants them together (see Int4 in kernels_cpu.cpp): column
+    16 j + 8 l + 2 k + e of the block becomes nibble k of 16-bit half 2 j + e of line l. A group's word in `scales`
+    has the scale's bits in its upper half and the zero's in its lower.
+    """
+    if groupsize not in (32, 64, 128) or 2 * w.shape[1] != groupsize * scale.shape[1]:
+        raise ValueError(f"groupsize {groupsize} with w {list(w.shape)} and scale {list(scale.shape)}: it must be 32, "
+                         "64 or 128, and divide the columns")  # fmt: skip
+    pad = -w.shape[1] % 128
+    w, scale, zero = (F.pad(t, (0, p)) for t, p in ((w, pad), (scale, pad * 2 // groupsize), (zero, pad * 2 // groupsize)))
+    q = torch.stack([w & 15, w >> 4], dim=-1).view(w.shape[0], -1, 16, 2, 4, 2)  # n, block, j, l, k, e
+    q = q.permute(0, 1, 3, 2, 5, 4)  # n, block, l, j, e, k: a half's nibbles are last
+    packed = (q[..., 0::2] | q[..., 1::2] << 4).reshape(w.shape)
+    bits = [t.to(torch.float16).contiguous().view(torch.int16).int() for t in (scale, zero)]
+    return packed, bits[0] << 16 | bits[1] & 0xFFFF
+
+
+def unpack_int4(w: Tensor, scales: Tensor, groupsize: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `pack_int4`: canonical w, scale, zero of K columns."""
+    q = torch.stack([w & 15, w >> 4], dim=-1).view(w.shape[0], -1, 2, 16, 2, 4)  # n, block, l, j, e, k
+    q = q.permute(0, 1, 3, 2, 5, 4).reshape(w.shape[0], -1)[:, :K]
+    bits = [t[:, : K // groupsize].short().view(torch.float16) for t in (scales >> 16, scales)]
+    return q[:, 0::2] | q[:, 1::2] << 4, *bits
+
+
+# ---------------------------------------------------------------------------------------------------- dequantising
+def dequantize_int8(w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """w int8 [N, K] * scale float32 [N] -> [N, K] in bfloat16 or float32."""
+    if w.is_cpu and available():
+        return torch.ops.hotloop.dequantize_int8(w, scale, dtype)
+    return (w * scale[:, None]).to(dtype)
+
+
+def dequantize_int4(w: Tensor, scales: Tensor, groupsize: int, K: int, dtype: torch.dtype) -> Tensor:
+    """w, scales of `pack_int4` -> [N, K] in bfloat16 or float32."""
+    if w.is_cpu and available():
+        return torch.ops.hotloop.dequantize_int4(w, scales, groupsize, K, dtype)
+    w, scale, zero = unpack_int4(w, scales, groupsize, K)
+    q = torch.stack([w & 15, w >> 4], dim=-1).view(*scale.shape, groupsize)
+    return ((q - zero[..., None].float()) * scale[..., None].float()).flatten(-2).to(dtype)
