@@ -28,6 +28,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+import kernels
+import kernels_cpu
 from convert_hf_checkpoint import args_from_hf, convert_state_dict, export_state_dict, stop_ids_from_hf
 from model import ModelArgs, Transformer
 from quantize import check_recipe, quantize_tensor, swap_linears
@@ -91,7 +93,8 @@ def _download(repo: str) -> Path:
         try:
             return Path(hub.snapshot_download(repo, local_files_only=True))  # the hub is away; downloaded before?
         except errors.LocalEntryNotFoundError:
-            raise ValueError(f"{repo}: no such directory here, and the hub does not answer: {first_line(error)}") from None
+            reason = first_line(error)
+            raise ValueError(f"{repo}: no such directory here, and the hub does not answer: {reason}") from None
 
 
 def first_line(error: Exception) -> str:
@@ -230,7 +233,11 @@ def build_model(
         raise ValueError(f"{len(missing)} tensors are missing, the first is {min(missing)}")
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    return model.to(device).requires_grad_(False).eval()  # .to: the buffers, which no checkpoint holds
+    model = model.to(device).requires_grad_(False).eval()  # .to: the buffers, which no checkpoint holds
+    for linear in linears.values():
+        linear.pack()
+    (kernels_cpu if model.tok_embeddings.weight.is_cpu else kernels).fuse(model)
+    return model
 
 
 def _with_tied_head(tensors, args: ModelArgs, quantized_head: bool) -> Iterator[tuple[str, Tensor]]:

@@ -16,10 +16,14 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the imports below ends quietly, too
+    on_interrupt = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 from torch import Tensor, nn
@@ -392,6 +396,10 @@ def profiler(file: str | None, device: torch.device):
         return
     from torch.profiler import ProfilerActivity, profile
 
+    try:  # before the generation, not after it
+        open(file + ".tmp", "w").close()
+    except OSError as error:
+        raise ValueError(f"--profile {file}: cannot be written: {error.strerror}") from None
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")) as trace:
         yield
     trace.export_chrome_trace(file + ".tmp")
@@ -422,6 +430,7 @@ def chat(run: Callable, tokenizer: Tokenizer, max_new_tokens: int, limit: int) -
         else:
             ids = ids + tokenizer.encode(line + "\n", bos=None if not ids else False)
             ids = ids[-max(limit - max_new_tokens, 1) :]
+        check_lengths(len(ids), len(ids), max_new_tokens, limit)
         same = len(os.path.commonprefix([ids, cached]))  # works on any sequences
         result = run(ids, start=min(same, len(ids) - 1))
         print(flush=True)
@@ -456,6 +465,8 @@ def main(
     profile: str | None,
 ) -> None:
     device, dtype = pick_device(device), pick_dtype(dtype)
+    if num_samples < 1:
+        raise ValueError(f"--num_samples {num_samples}: it must be at least 1")
     sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty).to(device)
     recipe = pick_recipe(quant, groupsize)
     directory = resolve(checkpoint_path)
@@ -553,6 +564,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         main(**vars(parser().parse_args()))
     except (ValueError, torch.OutOfMemoryError) as error:
@@ -561,3 +573,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough; nothing may be flushed into the pipe at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
