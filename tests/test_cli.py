@@ -19,6 +19,7 @@ import subprocess
 import sys
 import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,10 +195,15 @@ def test_empty_prompt(cli, broken):
 
 
 def test_errors_of_a_real_process(tmp_path):
-    is_one_line_error(process("--checkpoint_path", str(tmp_path)), "is empty")
-    is_one_line_error(process("--top_p", "2"), "--top_p 2.0")
-    is_one_line_error(process(b"--prompt".decode(), os.fsdecode(b"caf\xe9")), "not valid Unicode")
-    bad = process("--interactive", *SHORT, stdin=b"caf\xe9\n")
+    with ThreadPoolExecutor() as pool:
+        empty = pool.submit(process, "--checkpoint_path", str(tmp_path))
+        top_p = pool.submit(process, "--top_p", "2")
+        latin1 = pool.submit(process, "--prompt", os.fsdecode(b"caf\xe9"))
+        typed = pool.submit(process, "--interactive", *SHORT, stdin=b"caf\xe9\n")
+    is_one_line_error(empty.result(), "is empty")
+    is_one_line_error(top_p.result(), "--top_p 2.0")
+    is_one_line_error(latin1.result(), "not valid Unicode")
+    bad = typed.result()
     assert bad.code == 2 and bad.out == "" and "Traceback" not in bad.err
     assert bad.err.splitlines()[-1].startswith("generate.py: stdin is not UTF-8")
 
@@ -430,7 +436,8 @@ class Terminal:
         os.write(self.master, keys.encode())
 
     def read(self, wait: float = 0.1) -> str:
-        while select.select([self.master], [], [], wait)[0]:
+        """What was shown so far; waits a moment for more, and takes one piece, since a generation may be running."""
+        if select.select([self.master], [], [], wait)[0]:
             self.shown += os.read(self.master, 65536).decode(errors="replace")
         return self.shown
 
@@ -440,10 +447,14 @@ class Terminal:
             assert time.monotonic() < end and self.child.poll() is None, self.shown
 
     def finish(self) -> int:
-        code = self.child.wait(timeout=60)
-        self.read()
+        end = time.monotonic() + 60
+        while self.child.poll() is None:  # reading all the while, or a full terminal would block the child
+            self.read()
+            assert time.monotonic() < end
+        while len(self.shown) < len(self.read()):
+            pass
         assert termios.tcgetattr(self.slave) == self.before  # left as it was found
-        return code
+        return self.child.returncode
 
     def close(self) -> None:
         if self.child.poll() is None:
@@ -502,4 +513,4 @@ def test_interrupted_generation(terminal):
     t = terminal("--max_new_tokens", "4000", "--ignore_eos", "--prompt", "import os")
     t.wait_for("import os")
     t.type(CTRL_C)
-    assert t.finish() == 130 and "Traceback" not in t.shown
+    assert t.finish() == 130 and "Traceback" not in t.shown, t.shown
