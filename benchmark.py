@@ -27,7 +27,7 @@ from checkpoint import build_model, load_model
 from generate import (
     CACHE_DIR,
     Sampler,
-    compile_callables,
+    compile_decode,
     device_name,
     generate,
     peak_memory_gb,
@@ -142,7 +142,7 @@ def measure(
     prompts = torch.randint(model.args.vocab_size, (batch, prompt_tokens)).tolist()
     if compile:
         begin = time.perf_counter()
-        steps["prefill"], steps["decode"] = compile_callables(model)
+        steps["decode"] = compile_decode(model)
         warm_up(
             model,
             lambda p, n, **kw: generate(model, p * batch, n, sampler, **steps, **kw),

@@ -119,35 +119,71 @@ def decode_one_token(model: Transformer, token: Tensor, input_pos: Tensor, slots
     return sample(model(token, input_pos, slots)[:, -1]), input_pos + 1
 
 
-def compile_callables(model: Transformer) -> tuple[Callable, Callable]:
-    """(prefill, decode) as `generate` takes them, compiled; the decode step is one CUDA graph where there is CUDA.
+def compile_decode(model: Transformer) -> Callable:
+    """`decode_one_token`, compiled, and on CUDA replayed as one graph; one compilation serves all context lengths.
 
-    One compilation serves all lengths: the numbers of slots and of prompt tokens are symbolic. On a CPU the prefill
-    stays eager, since it is matrix products only; so does a mixture of experts', whose routing has no static shape.
+    Prefill stays eager: it is matrix products, which libraries do, and compiling 32 layers of it takes a minute.
     """
-    cuda = model.tok_embeddings.weight.is_cuda
-    # mode="reduce-overhead" is CUDA graphs; the tuning makes Inductor's matrix-vector kernels stream at bandwidth.
-    options = {**torch._inductor.list_mode_options("reduce-overhead"), "coordinate_descent_tuning": True}
-    compiled_decode = torch.compile(decode_one_token, fullgraph=True, options=options)
-    compiled_prefill = torch.compile(prefill, fullgraph=True)
+    step = torch.compile(
+        decode_one_token,
+        fullgraph=True,
+        # The first lets Inductor's matrix-vector kernels stream; the second draws the same numbers as eager code.
+        options={"coordinate_descent_tuning": True, "fallback_random": True},
+    )
 
     def decode(model, token, input_pos, slots, sample):
         torch._dynamo.mark_dynamic(slots, 0)
-        torch.compiler.cudagraph_mark_step_begin()
-        token, input_pos = compiled_decode(model, token, input_pos, slots, sample)
-        return token.clone(), input_pos.clone()  # the next replay overwrites the graph's own outputs
+        return step(model, token, input_pos, slots, sample)
 
-    def padded_prefill(model, tokens, input_pos, slots):
-        # Up to a multiple of 16, by repeating the last column: the same token at the same position writes the same
-        # keys and values, and the last column still holds the logits.
-        pad = -tokens.shape[1] % 16
-        tokens, input_pos = (torch.cat([t, t[:, -1:].expand(-1, pad)], 1) for t in (tokens, input_pos))
-        torch._dynamo.mark_dynamic(tokens, 1, min=2, max=QUERY_BLOCK)
-        torch._dynamo.mark_dynamic(input_pos, 1, min=2, max=QUERY_BLOCK)
-        torch._dynamo.mark_dynamic(slots, 0)
-        return compiled_prefill(model, tokens, input_pos, slots)
+    return GraphedDecode(decode) if model.tok_embeddings.weight.is_cuda else decode
 
-    return (padded_prefill if cuda and not model.args.n_experts else prefill), decode
+
+class GraphedDecode:
+    """A decode step captured as a CUDA graph for each batch size and number of slots, the first time it is met.
+
+    The graph reads token and position from buffers of its own and leaves the next ones there, so that a step is one
+    launch; mode="reduce-overhead" does the same but checks and copies its inputs each time, 0.3 ms for a small model.
+    """
+
+    def __init__(self, decode: Callable):
+        self.decode, self.graphs, self.buffers = decode, {}, {}
+
+    def __call__(self, model, token, input_pos, slots, sample):
+        """As decode_one_token; the tensors returned are overwritten by the next call."""
+        if reads_own_length(model):
+            slots = model.slots
+        buffers = self.buffers.setdefault(token.shape[0], (token.clone(), input_pos.clone()))
+        if token is not buffers[0]:
+            buffers[0].copy_(token)
+            buffers[1].copy_(input_pos)
+        key = (token.shape[0], slots.shape[0], model.max_seq_len)  # a larger cache is another memory
+        if key not in self.graphs:
+            self.graphs[key] = self.capture(model, buffers, slots, sample)
+        self.graphs[key].replay()
+        return buffers
+
+    def capture(self, model, buffers, slots, sample) -> torch.cuda.CUDAGraph:
+        """Compile and warm up on a side stream, with the sampler's memory as it was afterwards, then record."""
+        kept = {name: b.clone() for name, b in sample.named_buffers()} if isinstance(sample, nn.Module) else {}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.decode(model, buffers[0].clone(), buffers[1].clone(), slots, sample)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            token, input_pos = self.decode(model, *buffers, slots, sample)
+            buffers[0].copy_(token)
+            buffers[1].copy_(input_pos)
+        for name, b in kept.items():
+            sample.get_buffer(name).copy_(b)
+        return graph
+
+
+def reads_own_length(model: Transformer) -> bool:
+    """Whether decode attention finds each row's length on the device, whatever slots it is given."""
+    return getattr(model.layers[0].attention, "reads_own_length", False)
 
 
 def slots_for(model: Transformer, length: int) -> Tensor:
@@ -380,9 +416,8 @@ def pick_recipe(quant: str | None, groupsize: int | None) -> dict | None:
 
 def warm_up(model: Transformer, generation: Callable, length: int) -> None:
     """Compile, and record the CUDA graphs of every context size up to `length` tokens."""
-    sizes = {slots_for(model, n).shape[0] for n in range(2, length + 1)} if model.slots.is_cuda else {2}
-    for size in sorted(sizes):
-        # A graph is warmed up, recorded and replayed in three steps. The prompt is short: the size is what counts.
+    per_size = model.slots.is_cuda and not reads_own_length(model)
+    for size in sorted({slots_for(model, n).shape[0] for n in range(2, length + 1)}) if per_size else [2]:
         new = min(4, length - 1)
         for _ in generation([[0] * max(1, min(size, length) - new)], new, stop_ids=()):
             pass
@@ -487,7 +522,7 @@ def main(
     if compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE_DIR / "inductor"))
         begin = time.perf_counter()
-        steps["prefill"], steps["decode"] = compile_callables(model)
+        steps["decode"] = compile_decode(model)
         warm_up(model, lambda p, n, **kw: generate(model, p, n, sampler, **steps, **kw), context)
         compile_s = time.perf_counter() - begin
     if seed is not None:

@@ -112,69 +112,87 @@ INLINE uint16_t round_bf16(float f) {  // to nearest even; a NaN stays one
 // ----------------------------------------------------------------------------------------------------- activations
 struct alignas(64) Line { uint32_t word[16]; };  // 32 bf16 (or 16 float32)
 
-// Rows of bf16, padded with zeros, in the order in which the weights come. `parts` rows stand for each of the caller's.
+// Rows of bf16, padded with zeros, `parts` for each of the caller's. At most 8 meet the weights at once (`together`);
+// their lines alternate, because rows 4096 bytes apart would all want the same few places of the L1 cache.
 struct Activations {
-  int64_t rows, parts, lines;  // lines: of one row
+  int64_t parts, rows, together, lines;  // lines: of one row
   const Line* x;
   std::vector<Line> own;
-  std::vector<Line> sums;  // int4 only: for each row and block, the float32 sums of its 16 stretches of 16 columns
+  std::vector<Line> sums;  // int4 only: for each block, minus the float32 sums of its 16 stretches of 16 columns
+
+  int64_t count(int64_t m0) const { return std::min(rows - m0, together); }  // rows that meet the weights with m0
+  int64_t slot(int64_t m, int64_t i, int64_t n) const {  // where element i of n of row m lies
+    const int64_t m0 = m / together * together;
+    return m0 * n + i * count(m0) + m - m0;
+  }
 
   Activations(const Tensor& t, int64_t K, int64_t block) {  // block: columns that the weights interleave
-    const int64_t M = t.numel() / K;
     const bool is_float = t.scalar_type() == ScalarType::Float;
-    parts = is_float ? 3 : 1, rows = M * parts, lines = (K + block - 1) / block * (block / 32);
+    parts = is_float ? 3 : 1, rows = t.numel() / K * parts, together = is_float ? 6 : 8;
+    lines = (K + block - 1) / block * (block / 32);
     x = (const Line*)t.const_data_ptr();
-    if (!is_float && block == 32 && K % 32 == 0) return;  // as it is
+    if (rows == 1 && block == 32 && K % 32 == 0) return;  // as it is
     own.resize(rows * lines);  // zeros
     x = own.data();
-    for (int64_t m = 0; m < M; m++) {
-      auto* to = (uint16_t*)&own[m * parts * lines];
-      if (!is_float) std::memcpy(to, (const uint16_t*)t.const_data_ptr() + m * K, K * 2);
-      else for (int64_t k = 0; k < K; k++) {
-        float rest = ((const float*)t.const_data_ptr())[m * K + k];
-        for (int64_t p = 0; p < 3; p++) {
-          float part = from_bits(bits(rest) & 0xffff0000u);  // truncated, so that what is left is exact
-          to[p * lines * 32 + k] = bits(part) >> 16;
-          rest -= part;
-        }
+    for (int64_t m = 0; m < rows; m += parts)
+      for (int64_t k0 = 0; k0 < K; k0 += 32) {
+        const int64_t columns = std::min<int64_t>(K - k0, 32), from = m / parts * K + k0;
+        if (is_float) split((const float*)t.const_data_ptr() + from, columns, &own[slot(m, k0 / 32, lines)]);
+        else std::memcpy(&own[slot(m, k0 / 32, lines)], (const uint16_t*)t.const_data_ptr() + from, columns * 2);
+      }
+    if (block == 256) interleave();
+  }
+
+  static void split(const float* from, int64_t columns, Line* to) {  // a float32 to three bf16 that sum to it exactly
+    for (int64_t k = 0; k < columns; k++) {
+      float rest = from[k];
+      for (int p = 0; p < 3; p++) {
+        const uint32_t part = bits(rest) & 0xffff0000u;  // truncated, not rounded, so that 8 + 8 + 8 bits suffice
+        to[p].word[k / 2] |= k % 2 ? part : part >> 16;
+        rest -= from_bits(part);
       }
     }
-    if (block == 256) interleave();
   }
 
   void interleave() {  // word t of each stretch of 16 columns moves to line t of its block of 256
     sums.resize(own.size() / 8);
-    for (size_t b = 0; b < sums.size(); b++) {
-      Line in[8];
-      std::memcpy(in, &own[b * 8], sizeof in);
-      Floats s = {};
-      for (int t = 0; t < 8; t++) {
-        for (int j = 0; j < 16; j++) own[b * 8 + t].word[j] = in[j / 2].word[j % 2 * 8 + t];
-        Words w = load<Words>(&own[b * 8 + t]);
-        s += (Floats)(w << 16) + (Floats)(w & 0xffff0000u);
+    for (int64_t m = 0; m < rows; m++)
+      for (int64_t b = 0; b < lines / 8; b++) {
+        Line in[8];
+        Floats s = {};
+        for (int t = 0; t < 8; t++) in[t] = own[slot(m, b * 8 + t, lines)];
+        for (int t = 0; t < 8; t++) {
+          Line& out = own[slot(m, b * 8 + t, lines)];
+          for (int j = 0; j < 16; j++) out.word[j] = in[j / 2].word[j % 2 * 8 + t];
+          const Words w = load<Words>(&out);
+          s -= (Floats)(w << 16) + (Floats)(w & 0xffff0000u);
+        }
+        std::memcpy(&sums[slot(m, b, lines / 8)], &s, sizeof s);
       }
-      std::memcpy(&sums[b], &s, sizeof s);
-    }
   }
 };
 
 // --------------------------------------------------------------------------------------------------------- kernels
 // tile(): out[m * R + r] = dot product of weight row n[r] with activation row m0 + m. R rows of weights share each
 // load of the activations, M rows of activations share each unpacking of the weights; the sums stay in registers.
-constexpr int64_t AHEAD = 1024;  // bytes to prefetch ahead in each row of weights
+// The processor's own prefetcher starts anew at every row and page, so each tile asks for the next one's rows.
+INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // to L2: a tile may be larger than L1
 
 struct Bf16 {
   static constexpr int64_t bytes = 64;  // of 32 columns
+  static constexpr int R(int M) { return M == 1 ? 8 : 4; }  // R is measured
   static INLINE Words unpack(const uint8_t* p) { return load<Words>(p); }
 };
 struct Int8 {
   static constexpr int64_t bytes = 32;
+  static constexpr int R(int M) { return M == 1 ? 8 : M <= 4 ? 4 : 3; }
   static INLINE Words unpack(const uint8_t* p) { return int8_to_bf16(p); }
 };
 
 template <class Format>
 struct Plain {  // columns in order
   static constexpr int64_t block = 32;
+  static constexpr int R(int M) { return Format::R(M); }
   const uint8_t* w;
   int64_t K;
   int64_t row_bytes() const { return K * Format::bytes / 32; }
@@ -188,11 +206,11 @@ struct Plain {  // columns in order
     auto step = [&](const uint8_t* const* p, int64_t offset, int64_t line) __attribute__((always_inline)) {
       Words wr[R];
       for (int r = 0; r < R; r++) {
-        __builtin_prefetch(p[r] + offset + AHEAD);
+        prefetch(p[r] + offset + R * row_bytes());
         wr[r] = Format::unpack(p[r] + offset);
       }
       for (int m = 0; m < M; m++) {
-        Words xm = load<Words>(x + m * a.lines + line);
+        const Words xm = load<Words>(x + line * M + m);
         for (int r = 0; r < R; r++) acc[r][m] = dot(acc[r][m], wr[r], xm);
       }
     };
@@ -213,6 +231,7 @@ struct Plain {  // columns in order
 // scales. The 128 bytes of a block are two lines of 32 halves; nibble k of line l belongs to t = 4 l + k.
 struct Int4 {
   static constexpr int64_t block = 256;
+  static constexpr int R(int M) { return M == 1 ? 1 : M <= 3 ? 4 : 3; }
   const uint8_t* w;
   const uint32_t* scales;  // [N, groups]: fp16 scale in the upper half, fp16 zero in the lower
   int64_t blocks, groups;  // of one row
@@ -228,21 +247,21 @@ struct Int4 {
         Words s = spread(scales + n[r] * groups + (b * 16 >> shift), shift);
         scale[r] = high_fp16(s);
         for (int m = 0; m < M; m++)  // the sum of (q - zero) * x begins with -zero * sum of x
-          part[r][m] = high_fp16(s << 16) * -load<Floats>(&a.sums[(m0 + m) * blocks + b]);
+          part[r][m] = high_fp16(s << 16) * load<Floats>(&a.sums[m0 * blocks + b * M + m]);
       }
-      const Line* x = a.x + m0 * a.lines + b * 8;
+      const Line* x = a.x + m0 * a.lines + b * 8 * M;
       for (int l = 0; l < 2; l++) {
         Words q[R];
         for (int r = 0; r < R; r++) {
           const uint8_t* p = w + n[r] * row_bytes() + b * 128 + l * 64;
-          __builtin_prefetch(p + AHEAD);
+          prefetch(p + R * row_bytes());
           q[r] = load<Words>(p);
         }
         for (int k = 0; k < 4; k++) {
           Words wr[R];
           for (int r = 0; r < R; r++) wr[r] = int4_to_bf16(q[r], k);
           for (int m = 0; m < M; m++) {
-            Words xm = load<Words>(x + m * a.lines + l * 4 + k);
+            const Words xm = load<Words>(x + (l * 4 + k) * M + m);
             for (int r = 0; r < R; r++) part[r][m] = dot(part[r][m], wr[r], xm);
           }
         }
@@ -258,13 +277,13 @@ struct Int4 {
 // --------------------------------------------------------------------------------------------------------- drivers
 // f(first, last) over [0, N) on PyTorch's threads, in chunks that whoever is free takes: a core that another process
 // holds for a moment then delays one chunk, not half the rows. Less than THREAD_BYTES is not worth waking a thread.
-constexpr int64_t CHUNK_BYTES = 1 << 16, THREAD_BYTES = 1 << 17;
+constexpr int64_t CHUNK_BYTES = 1 << 18, THREAD_BYTES = 1 << 17;
 
 template <class F>
 void parallel_rows(int64_t N, int64_t row_bytes, const F& f) {
-  const int64_t chunk = (std::max<int64_t>(CHUNK_BYTES / row_bytes, 1) + 3) / 4 * 4;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), N * row_bytes / THREAD_BYTES);
   if (threads < 2) return f(0, N);
+  const int64_t chunk = (std::min(CHUNK_BYTES / row_bytes, (N - 1) / threads) / 24 + 1) * 24;  // 24: whole tiles
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t n; (n = next.fetch_add(chunk)) < N;) f(n, std::min(n + chunk, N));
@@ -285,7 +304,7 @@ struct Output {  // y[m, n] = sum * scale[n] + bias[n], in x's dtype
 
 template <int M, class W>
 void rows(const W& w, const Activations& a, int64_t m0, int64_t first, int64_t last, const Output& y) {
-  constexpr int R = M <= 4 ? 4 : 2;
+  constexpr int R = W::R(M);
   float out[M * R];
   for (int64_t n0 = first; n0 < last; n0 += R) {
     int64_t n[R];
@@ -318,9 +337,9 @@ Tensor linear(const W& w, const Tensor& x, int64_t N, const float* scale, const 
   const Output out{y.mutable_data_ptr(), is_float, N, scale, bias ? (const float*)bias->const_data_ptr() : nullptr};
   STD_TORCH_CHECK(!bias || (bias->scalar_type() == ScalarType::Float && bias->numel() == N), "bias: float32 [N]");
   parallel_rows(N, w.row_bytes(), [&](int64_t first, int64_t last) {
-    for (int64_t m = 0; m < a.rows;) {  // at most 8 rows at once; their weights are in the cache from then on
-      const int64_t left = std::min<int64_t>(a.rows - m, 8 / a.parts * a.parts);
-      switch (left) {
+    for (int64_t m = 0; m < a.rows;) {  // after the first of these the chunk's weights are in L2
+      const int64_t count = a.count(m);
+      switch (count) {
         case 1: rows<1>(w, a, m, first, last, out); break;
         case 2: rows<2>(w, a, m, first, last, out); break;
         case 3: rows<3>(w, a, m, first, last, out); break;
@@ -330,7 +349,7 @@ Tensor linear(const W& w, const Tensor& x, int64_t N, const float* scale, const 
         case 7: rows<7>(w, a, m, first, last, out); break;
         default: rows<8>(w, a, m, first, last, out);
       }
-      m += left;
+      m += count;
     }
   });
   return y;

@@ -157,7 +157,7 @@ def pack_int4(w: Tensor, scale: Tensor, zero: Tensor, groupsize: int) -> tuple[T
         raise ValueError(f"groupsize {groupsize} with w {list(w.shape)} and scale {list(scale.shape)}: it must be 32, "
                          "64 or 128, and divide the columns")  # fmt: skip
     pad = -w.shape[1] % 128
-    w, scale, zero = (F.pad(t, (0, p)) for t, p in ((w, pad), (scale, pad * 2 // groupsize), (zero, pad * 2 // groupsize)))
+    w, scale, zero = F.pad(w, (0, pad)), *(F.pad(t, (0, 2 * pad // groupsize)) for t in (scale, zero))
     q = torch.stack([w & 15, w >> 4], dim=-1).view(w.shape[0], -1, 16, 2, 4, 2)  # n, block, j, l, k, e
     q = q.permute(0, 1, 3, 2, 5, 4)  # n, block, l, j, e, k: a half's nibbles are last
     packed = (q[..., 0::2] | q[..., 1::2] << 4).reshape(w.shape)
@@ -188,3 +188,24 @@ def dequantize_int4(w: Tensor, scales: Tensor, groupsize: int, K: int, dtype: to
     w, scale, zero = unpack_int4(w, scales, groupsize, K)
     q = torch.stack([w & 15, w >> 4], dim=-1).view(*scale.shape, groupsize)
     return ((q - zero[..., None].float()) * scale[..., None].float()).flatten(-2).to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+class StreamedLinear(torch.nn.Linear):
+    """A bfloat16 nn.Linear that streams its weight for few rows; made from one, sharing its parameters."""
+
+    def __init__(self, plain: torch.nn.Linear):
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.weight, self.bias = plain.weight, plain.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_bf16(x, self.weight, self.bias)
+
+
+def fuse(model: torch.nn.Module) -> None:
+    """Swap `StreamedLinear` in for every plain bfloat16 linear of a model on the CPU; parameters and names stay."""
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and module.weight.dtype == torch.bfloat16 and available():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, StreamedLinear(module))

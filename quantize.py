@@ -10,18 +10,14 @@ one) and float scales, the same on every device.
 Sources: LLM.int8 (arXiv 2208.07339) for per-channel int8, FP8 formats (2209.05433), and gptq.py's for int4.
 """
 
-import argparse
-import json
-import sys
-import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+import kernels_cpu
 
 MODES = ("int8", "int4", "fp8")
 METHODS = ("rtn", "hqq", "gptq")
@@ -79,6 +75,9 @@ class QuantLinear(nn.Module):
         """x [N, in] through expert e -> [N, out]."""
         return F.linear(x, self.dequantize_stored(**{n: getattr(self, n)[e] for n in self.layout()}).to(x.dtype))
 
+    def pack(self) -> None:
+        """Rearrange the stored tensors as this device's kernel wants them; the state dict does not change."""
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, n_experts={self.n_experts}"
 
@@ -101,7 +100,9 @@ class Int8Linear(QuantLinear):
         return weight.float() * scale[..., None]
 
     def matmul(self, x):
-        return kernels.linear_int8(x, self.weight, self.scale)
+        if kernels.use_triton(x):
+            return kernels.linear(x, self.weight, self.scale)
+        return kernels_cpu.linear_int8(x, self.weight, self.scale)
 
 
 class Fp8Linear(QuantLinear):
@@ -123,7 +124,7 @@ class Fp8Linear(QuantLinear):
         return weight.float() * scale[..., None]
 
     def matmul(self, x):
-        return kernels.linear_fp8(x, self.weight, self.scale)
+        return kernels.linear(x, self.weight, self.scale)
 
 
 class Int4Linear(QuantLinear):
@@ -157,8 +158,34 @@ class Int4Linear(QuantLinear):
         q = unpack_nibbles(weight).float().unflatten(-1, (scale.shape[-1], -1))
         return ((q - zero[..., None].float()) * scale[..., None].float()).flatten(-2)
 
+    def pack(self):
+        if self.n_experts or kernels.use_triton(self.weight) or not (self.weight.is_cpu and kernels_cpu.available()):
+            return
+        packed, scales = kernels_cpu.pack_int4(self.weight, self.scale, self.zero, self.groupsize)
+        self.weight = self.scale = self.zero = None
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("packed_scales", scales, persistent=False)
+
+    def canonical(self) -> dict[str, Tensor]:
+        """The stored tensors, packed or not."""
+        if self.weight is not None:
+            return {name: getattr(self, name) for name in self.layout()}
+        tensors = kernels_cpu.unpack_int4(self.packed, self.packed_scales, self.groupsize, self.in_features)
+        return dict(zip(self.layout(), tensors, strict=True))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self.canonical().items()})
+
+    def dequantize(self):
+        return self.dequantize_stored(**self.canonical())
+
     def matmul(self, x):
-        return kernels.linear_int4(x, self.weight, self.scale, self.zero)
+        if self.weight is None:
+            if x.is_cpu:
+                return kernels_cpu.linear_int4(x, self.packed, self.packed_scales, self.groupsize)
+            return kernels.linear(x, **self.canonical())  # moved to a GPU after loading
+        return kernels.linear(x, self.weight, self.scale, self.zero)
 
 
 def pack_nibbles(q: Tensor) -> Tensor:
