@@ -178,12 +178,12 @@ def test_repetition_penalty_equals_transformers(penalty):
     theirs = process.RepetitionPenaltyLogitsProcessor(penalty)
     generator = torch.Generator().manual_seed(0)
     ours = Sampler(temperature=0.0, repetition_penalty=penalty)
-    for _ in range(2):  # a second generation starts afresh
+    for shift in (0, 3, -3):  # both signs at the top; every generation starts afresh
         prompts = torch.randint(50, (3, 7), generator=generator)
         ours.reset(prompts.tolist(), 50, torch.device("cpu"))
         ids = prompts
         for _ in range(20):
-            logits = torch.randn(3, 50, generator=generator)
+            logits = torch.randn(3, 50, generator=generator) + shift
             expected = theirs(ids, logits.clone()).argmax(-1, keepdim=True)
             token = ours(logits)
             assert torch.equal(token, expected)
