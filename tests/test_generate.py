@@ -21,7 +21,7 @@ from checkpoint import load_model  # noqa: E402
 from generate import (  # noqa: E402
     Sampler,
     StopStrings,
-    compile_callables,
+    compile_decode,
     complete,
     generate,
     sample,
@@ -467,14 +467,13 @@ def test_decode_reads_only_the_context(tiny):
 # ---------------------------------------------------------------------------------------------------------- compiled
 @pytest.fixture
 def compiled():
-    """compile_callables plus main's warm-up; afterwards a recompilation is an error."""
+    """compile_decode plus main's warm-up; afterwards a recompilation is an error."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=False):
 
-        def make(model, sampler=sample, length=3100, batch=1, pretend=None):
+        def make(model, sampler=sample, length=3100, batch=1):
             model.setup_caches(batch, length)
-            prefill, decode = compile_callables(pretend or model)
-            steps = dict(prefill=prefill, decode=decode)
+            steps = dict(decode=compile_decode(model))
             warm_up(model, lambda p, n, **kw: generate(model, p * batch, n, sampler, **steps, **kw), length)
             torch._dynamo.config.error_on_recompile = True
             return steps
@@ -544,19 +543,14 @@ def test_compiled_sampling_draws_from_the_distribution(tiny, compiled):
     assert torch.equal(again[0], first) and torch.equal(again[1], second)
 
 
-def test_compiled_prefill_pads_without_effect(tiny, compiled):
-    """What a GPU runs: the compiled prefill of padded chunks. A model that says it is on CUDA makes it compile here."""
-    model = tiny(n_layers=1)
-    gpu = SimpleNamespace(tok_embeddings=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)), args=model.args)
-    steps = compiled(model, length=1200, pretend=gpu)
-    assert steps["prefill"].__name__ == "padded_prefill"
-    for length in (1, 2, 15, 16, 17, 500, QUERY_BLOCK, QUERY_BLOCK + 1, 1100):
-        prompt = tokens(length, seed=length)
-        assert torch.equal(
-            columns(generate(model, [prompt], 6, **steps)), columns(generate(tiny(n_layers=1), [prompt], 6))
-        ), length
-        for b in (layer.attention.cache for layer in model.layers):  # the padding wrote no slot of its own
-            assert not b.k[0, :, 1206:].any()
+def test_compiled_sampling_draws_what_eager_code_draws(tiny, compiled):
+    model, sampler = tiny(n_layers=1), Sampler(temperature=1.2, top_p=0.9)
+    steps = compiled(model, sampler, length=100)
+    runs = []
+    for more in (steps, {}):
+        torch.manual_seed(11)
+        runs.append(columns(generate(model, [tokens(5)], 40, sampler, **more)))
+    assert torch.equal(*runs)
 
 
 # ------------------------------------------------------------------------------------------------- mixture of experts
