@@ -21,9 +21,10 @@ SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number: a scale of zero
 
 
 def rtn(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Round to nearest on the grid that spans each group's minimum, maximum and zero; zero is an integer.
+    """Round to nearest on the grid that spans each group's minimum, maximum and 0.
 
-    weight: float [..., out, in] -> q, scale, zero as in the header. Errors are at most about scale / 2.
+    weight: float [..., out, in] -> q, scale, zero as in the header. Errors are at most about scale / 2. Zero is not
+    rounded to an integer: no kernel needs that, and both ends of the span stay on the grid.
     ValueError: groupsize does not divide `in`, a weight is not finite, or a range is beyond float16 scales.
     """
     groups = _groups(weight, groupsize)
@@ -33,38 +34,31 @@ def rtn(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def hqq(
-    weight: Tensor, groupsize: int, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iters: int = 20
+    weight: Tensor, groupsize: int, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iters: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Half-quadratic quantization: no data. Minimizes the l_p norm (p < 1) of the error over each group's zero.
+    """Half-quadratic quantization: a better zero, and scale, for each group without any data.
 
-    Alternates a proximal step, which takes the few large errors out, and the zero that is best for the others, from
-    a few scales; each group keeps the best it met, so none ends worse than it began. Residuals are in units of the
-    scale, so that beta means the same for every weight. Shapes and errors as in `rtn`.
+    Alternates a proximal step, which takes the few large errors out of the l_p norm (p < 1), and the zero that is best
+    for the others; beta is multiplied by kappa each time. Two things differ from the paper: residuals are in units of
+    the scale, so that beta means the same for every weight; and this runs from several scales, of which each group
+    keeps what gave it the least squared error, so that none ends worse than by `rtn`. Shapes and errors as in `rtn`.
     """
     groups = _groups(weight, groupsize)
-    scale, zero = _span(groups)
-    best_scale, best_zero = scale, zero
-    best = _lp(groups, scale, zero, p)
+    span, start = _span(groups)
+    best = (_loss(groups, span, start), span, start)
     for shrink in (1.0, 0.95, 0.9, 0.85, 0.8):
-        s, z, b = _to16(scale * shrink), zero, beta
-        last = torch.full_like(best, torch.inf)
-        x = groups / s
+        scale, zero, b = _to16(span * shrink), start, beta
         for _ in range(iters):
-            q = (x + z).round_().clamp_(0, LEVELS)
-            residual = x + z - q
-            # The proximal operator of the l_p norm, generalized soft thresholding (the paper's equation 4).
+            x = groups / scale + zero
+            residual = x - x.round().clamp_(0, LEVELS)
+            # The proximal operator of the l_p norm, a generalized soft threshold.
             size = residual.abs()
             outlier = residual.sign() * (size - size.clamp(min=1e-4).pow(p - 1) / b).clamp(min=0)
-            z = (z - (residual - outlier).mean(-1, keepdim=True)).half().float()
-            loss = _lp(groups, s, z, p)
-            better = loss < best
-            best, best_scale, best_zero = (
-                torch.where(better, new, old) for new, old in ((loss, best), (s, best_scale), (z, best_zero))
-            )
-            if not (loss < last).any():
-                break
-            last, b = torch.minimum(loss, last), b * kappa
-    return _pack(_quantize(groups, best_scale, best_zero), best_scale, best_zero)
+            zero = (zero - (residual - outlier).mean(-1, keepdim=True)).half().float()
+            best = _better(best, (_loss(groups, scale, zero), scale, zero))
+            b *= kappa
+    _, scale, zero = best
+    return _pack(_quantize(groups, scale, zero), scale, zero)
 
 
 @torch.no_grad()
@@ -93,8 +87,11 @@ def gptq(
         order = order.take_along_dim(outside[..., None], -2).flatten(-2)
         w = w.take_along_dim(order[..., None, :], -1)
         h = h.take_along_dim(order[..., None, :], -1).take_along_dim(order[..., :, None], -2)
-    u = _inverse_factor(h, damp)  # h^-1 = u^T u
-    importance = u.diagonal(dim1=-2, dim2=-1).pow(-2)  # a squared error's cost, once the columns behind have mended it
+    # Where there was no input at all (an expert that no token chose): the identity, and GPTQ rounds to nearest.
+    mean = diagonal.mean(-1, keepdim=True)
+    h = h + torch.diag_embed(torch.where(mean > 0, damp * mean, 1.0).expand(diagonal.shape))
+    u = _inverse_factor(h)
+    importance = h.diagonal(dim1=-2, dim2=-1)  # of an error in that column, other errors aside
 
     w = w.mT.contiguous()  # [..., in, out]: a column of the weight is contiguous
     q = torch.empty_like(w, dtype=torch.uint8)
@@ -162,10 +159,10 @@ def _to16(x: Tensor) -> Tensor:
 
 
 def _span(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and integer zero of the grid from the smallest weight (or 0) to the largest (or 0)."""
+    """Scale and zero of the grid from the smallest weight (or 0) to the largest (or 0)."""
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     scale = _to16((high - low) / LEVELS)
-    return scale, (-low / scale).round().clamp(0, LEVELS)
+    return scale, (-low / scale).clamp(0, LEVELS).half().float()
 
 
 def _quantize(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -177,54 +174,54 @@ def _pack(q: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tenso
     return q.to(torch.uint8).flatten(-2), scale[..., 0].half(), zero[..., 0].half()
 
 
-def _lp(groups: Tensor, scale: Tensor, zero: Tensor, p: float) -> Tensor:
-    """The sum of |error|^p over each group -> [..., 1]."""
-    return (groups - (_quantize(groups, scale, zero) - zero) * scale).abs().pow(p).sum(-1, keepdim=True)
+def _loss(groups: Tensor, scale: Tensor, zero: Tensor, importance: Tensor | None = None) -> Tensor:
+    """The sum of (importance *) error^2 over each group -> [..., 1]."""
+    loss = (groups - (_quantize(groups, scale, zero) - zero) * scale).square()
+    return (loss if importance is None else loss * importance).sum(-1, keepdim=True)
 
 
-def _search(groups: Tensor, importance: Tensor, steps: int = 16, refine: int = 2) -> tuple[Tensor, Tensor]:
-    """The scale and the (fractional) zero with the least sum of importance * error^2, near enough.
+def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Group by group, of two (loss, scale, zero) the one with the smaller loss; of equals the first."""
+    second = b[0] < a[0]
+    return tuple(torch.where(second, y, x) for x, y in zip(a, b, strict=True))
+
+
+def _search(groups: Tensor, importance: Tensor, steps: int = 12, refine: int = 2) -> tuple[Tensor, Tensor]:
+    """The scale and zero with the least sum of importance * error^2, near enough.
 
     From several shares of the group's span, alternates rounding and the weighted linear regression of the weights on
     q; every grid met is judged by its own error, after its rounding to float16.
     """
-    span, centre = _span(groups)
+    span, start = _span(groups)
     share = importance / importance.sum(-1, keepdim=True)
-    best_scale, best_zero, best = span, centre, torch.full_like(span, torch.inf)
-    for shrink in torch.linspace(1.0, 0.55, steps).tolist():
-        scale, zero = _to16(span * shrink), centre
-        for step in range(refine + 1):
+    mean_w = (groups * share).sum(-1, keepdim=True)
+    best = (_loss(groups, span, start, share), span, start)
+    for shrink in torch.linspace(1.0, 0.6, steps).tolist():
+        scale, zero = _to16(span * shrink), start
+        best = _better(best, (_loss(groups, scale, zero, share), scale, zero))
+        for _ in range(refine):
             q = _quantize(groups, scale, zero)
-            loss = ((groups - (q - zero) * scale).square() * share).sum(-1, keepdim=True)
-            better = loss < best
-            best, best_scale, best_zero = (
-                torch.where(better, new, old) for new, old in ((loss, best), (scale, best_scale), (zero, best_zero))
-            )
-            if step < refine:
-                mean_q, mean_w = (q * share).sum(-1, keepdim=True), (groups * share).sum(-1, keepdim=True)
-                dq = (q - mean_q) * share
-                slope = (dq * groups).sum(-1, keepdim=True) / (dq * q).sum(-1, keepdim=True).clamp(min=1e-6)
-                scale = torch.where(slope > span * 0.25, _to16(slope), scale)  # a group on one level has no slope
-                zero = (mean_q - mean_w / scale).clamp(-LEVELS, 2 * LEVELS).half().float()
-    return best_scale, best_zero
+            mean_q = (q * share).sum(-1, keepdim=True)
+            dq = (q - mean_q) * share
+            slope = (dq * groups).sum(-1, keepdim=True) / (dq * q).sum(-1, keepdim=True).clamp(min=1e-6)
+            scale = torch.where(slope > span * 0.25, _to16(slope), scale)  # a group on one level has no slope
+            zero = (mean_q - mean_w / scale).clamp(-LEVELS, 2 * LEVELS).half().float()
+            best = _better(best, (_loss(groups, scale, zero, share), scale, zero))
+    return best[1:]
 
 
-def _inverse_factor(h: Tensor, damp: float) -> Tensor:
-    """Upper triangular u with u^T u = (h + damping)^-1, float32 [..., n, n].
+def _inverse_factor(h: Tensor) -> Tensor:
+    """Upper triangular u with u^T u = h^-1, float32 [..., n, n].
 
     Cholesky of h from its last row to its first gives h = r r^T with r upper triangular; then u = r^-1. That is one
-    factorization where the paper has two and an inverse between, so float32 goes a long way.
+    factorization where the paper has two and an inverse between, so float32 goes a long way; float64 goes the rest.
     """
-    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    if not torch.isfinite(mean).all():
+    if not torch.isfinite(h).all():
         raise ValueError("the Hessian is not finite; look for NaN or infinity in the calibration activations")
-    # No input at all (an expert that no token chose): the identity, which makes GPTQ round to nearest.
-    damping = torch.where(mean > 0, damp * mean, 1.0).expand(h.shape[:-1])
     for dtype in (torch.float32, torch.float64):
-        a = (h.to(dtype) + torch.diag_embed(damping.to(dtype))).flip(-1, -2)
-        r, info = torch.linalg.cholesky_ex(a)
+        r, info = torch.linalg.cholesky_ex(h.to(dtype).flip(-1, -2))
         if not info.any():
             r = r.flip(-1, -2)
             eye = torch.eye(h.shape[-1], dtype=dtype, device=h.device).expand_as(r)
             return torch.linalg.solve_triangular(r, eye, upper=True).float()
-    raise ValueError(f"the Hessian with damp {damp} is not positive definite; raise damp, or calibrate on more text")
+    raise ValueError("the Hessian is not positive definite; raise damp, or calibrate on more text")
