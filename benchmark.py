@@ -5,7 +5,7 @@
 
 The protocol is gpt-fast's: batch 1, a prompt of 5 tokens, 200 new ones, temperature 0.8, top-k 200; tok/s counts the
 new tokens over the whole time, prefill included; the median of five runs. `--record` appends the row, with command,
-commit, device and versions, to benchmarks/results.jsonl, from which the README's tables are made.
+commit, device and versions, to benchmarks/results.jsonl, from which `--readme` makes the README's tables.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import datetime
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,7 @@ from kernels import read_sum
 from model import ModelArgs, Transformer
 
 RESULTS = Path(__file__).parent / "benchmarks" / "results.jsonl"
+README = Path(__file__).parent / "README.md"
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -192,6 +194,70 @@ def circumstances(device: torch.device) -> dict:
     }
 
 
+# ---------------------------------------------------------------------------------------------- the README's tables
+def read_rows(file: Path = RESULTS) -> list[dict]:
+    """The recorded rows, the oldest first; none where the file is not there yet."""
+    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.exists() else []
+
+
+def table(header: str, rows: list[str]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    return "\n".join([f"| {header} |", "|---" + "|--:" * header.count("|") + "|", *rows])
+
+
+def cells(*values) -> str:
+    """A row of a table from values, or (value, format) pairs; None and what a row does not hold are left empty."""
+    pairs = [v if isinstance(v, tuple) else (v, "") for v in values]
+    return "| " + " | ".join("" if v is None else format(v, spec) for v, spec in pairs) + " |"
+
+
+def decode_table(rows: list[dict]) -> str:
+    """A table for each device of the latest row of each model, mode, batch, length and compiled or eager."""
+    same = ("device", "model", "mode", "batch", "prompt_tokens", "new_tokens")
+    latest = {(*(r.get(k) for k in same), r.get("compile_s") is None): r for r in rows if not r.get("kind")}
+    parts, header = [], ("model | mode | batch | tokens in + out | GB of weights | tok/s | step ms | % of read bandwidth | "
+                         "first token ms | compile s | commit | torch | date")  # fmt: skip
+    for device in sorted({key[0] for key in latest}):
+        lines = [
+            cells(r["model"], r["mode"], r["batch"], f"{r['prompt_tokens']} + {r['new_tokens']}",
+                  (r["weights_gb"], ".2f"), (r["tok_s"], ",.1f"), (r["decode_step_ms"], ".3f"),
+                  (r["percent_of_peak_bandwidth"], ".0f"), (1e3 * r["ttft_s"], ",.1f"),
+                  (r["compile_s"], ".0f") if r["compile_s"] is not None else "eager", r["commit"], r["torch"], r["date"])
+            for key, r in sorted(latest.items(), key=lambda pair: tuple(map(str, pair[0]))) if key[0] == device
+        ]  # fmt: skip
+        parts.append(f"**{device}**\n\n{table(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def perplexity_table(rows: list[dict]) -> str:
+    """The latest perplexity of each model and recipe, and its change against the same model in bf16."""
+    rows = [r for r in rows if r.get("kind") == "perplexity"]
+    latest = {tuple(r.get(k) for k in ("model", "mode", "method", "groupsize")): r for r in rows}
+    plain = {r["model"]: r["perplexity"] for r in latest.values() if r["mode"] in ("bf16", "bfloat16")}
+    header = "model | mode | method | group size | MB | perplexity | against bf16 | date"
+    lines = [
+        cells(r["model"], r["mode"], r.get("method"), r.get("groupsize"), (r["size_mb"], ".1f"),
+              (r["perplexity"], ".4f"), (r["perplexity"] / plain[r["model"]] - 1, "+.2%") if r["model"] in plain else None,
+              r["date"]) for r in latest.values()
+    ]  # fmt: skip
+    return table(header, lines) if lines else ""
+
+
+TABLES = {"decode": decode_table, "perplexity": perplexity_table}
+
+
+def fill_tables(text: str, rows: list[dict]) -> str:
+    """`text` with what stands between each `<!-- table:NAME -->` and `<!-- end -->` made anew from the rows."""
+
+    def fill(match: re.Match) -> str:
+        if match[1] not in TABLES:
+            raise ValueError(f"{match[0].splitlines()[0]}: no such table; known: {', '.join(TABLES)}")
+        body = TABLES[match[1]](rows) or "No measurements recorded yet."
+        return f"<!-- table:{match[1]} -->\n{body}\n<!-- end -->"
+
+    return re.sub(r"<!-- table:(.*?) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
 def main(
     shape: list[str],
     checkpoint_path: str | None,
@@ -207,8 +273,12 @@ def main(
     no_compile: bool,
     runs: int,
     record_row: bool,
+    readme: bool,
     json_line: bool,
 ) -> None:
+    if readme:
+        README.write_text(fill_tables(README.read_text(), read_rows()))
+        return
     device, dtype = pick_device(device), pick_dtype(dtype)
     peak = read_bandwidth(device)
     print(f"{device_name(device)}: reads {peak:,.0f} GB/s (measured), torch {torch.__version__}")
@@ -268,6 +338,7 @@ def parser() -> argparse.ArgumentParser:
     a("--no_compile", action="store_true", help="measure the eager model")
     a("--runs", type=int, default=5, metavar="N", help="timed runs, of which the median counts")
     a("--record", action="store_true", dest="record_row", help=f"append the rows to {RESULTS.name}")
+    a("--readme", action="store_true", help=f"measure nothing: make the tables of {README.name} from {RESULTS.name}")
     a("--json", action="store_true", dest="json_line", help="last line of stdout: one JSON object with all figures")
     return p
 

@@ -216,7 +216,7 @@ def build_model(
     if args.tie_embeddings and "output" not in linears:
         del expected["output.weight"]  # shares the embedding's memory
     state = {}
-    for name, tensor in _with_tied_head(tensors, args, "output" in linears):
+    for name, tensor in with_tied_head(tensors, args, "output" in linears):
         for key, value in quantize_tensor(name, tensor.to(device), linears):
             if key not in expected:
                 raise ValueError(f"tensor {key} is not part of this architecture")
@@ -240,7 +240,7 @@ def build_model(
     return model
 
 
-def _with_tied_head(tensors, args: ModelArgs, quantized_head: bool) -> Iterator[tuple[str, Tensor]]:
+def with_tied_head(tensors, args: ModelArgs, quantized_head: bool) -> Iterator[tuple[str, Tensor]]:
     """A quantized head is a tensor of its own, also where the checkpoint ties it to the embedding."""
     seen = set()
     for name, tensor in tensors:

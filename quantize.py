@@ -10,7 +10,12 @@ one) and float scales, the same on every device.
 Sources: LLM.int8 (arXiv 2208.07339) for per-channel int8, FP8 formats (2209.05433), and gptq.py's for int4.
 """
 
+import argparse
+import json
+import sys
+import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -282,3 +287,229 @@ def quantize_tensor(name: str, tensor: Tensor, linears: dict[str, QuantLinear]) 
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     yield from ((f"{module_name}.{key}", value) for key, value in stored.items())
+
+
+# ------------------------------------------------------------------------------------------------------ whole models
+@torch.no_grad()
+def calibrate(args, tensors: Iterable[tuple[str, Tensor]], linears: dict[str, QuantLinear], tokens: Tensor,
+              device: torch.device, act_order: bool) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """GPTQ over a whole model, streaming: yields (name, stored tensor), holding one layer and the activations.
+
+    tensors: float weights in the model's order. tokens int64 [n, T]: the calibration text. Layer by layer, and within
+    a layer linear by linear (QKV, output, gate and up, down), each with the inputs that the already quantized ones
+    before it give; a linear that has been quantized is replaced by its dequantized self.
+    """
+    import gptq
+    from model import Transformer
+
+    def quantized(name: str, weight: Tensor, hessian: Tensor | None) -> dict[str, Tensor]:
+        linear = linears[name]
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{name}.weight: holds NaN or infinite values and cannot be quantized")
+        if hessian is None:  # an expert that no token of the calibration text was routed to
+            q, scale, zero = gptq.rtn(weight.float(), linear.groupsize)
+        else:
+            q, scale, zero = gptq.gptq(weight.float(), hessian, linear.groupsize, act_order=act_order)
+        return {"weight": pack_nibbles(q), "scale": scale, "zero": zero}
+
+    with torch.device("meta"):
+        model = Transformer(args)
+    rope, rope_local = model.rope.to(device), model.rope_local and model.rope_local.to(device)
+    pos = torch.arange(tokens.shape[1], device=device)[None]
+    rope, rope_local = rope(pos), (rope_local or rope)(pos)
+    stream = iter(tensors)
+    name, embedding = next(stream)
+    if name != "tok_embeddings.weight":
+        raise ValueError(f"the embedding should come first in the stream of tensors, not {name}")
+    yield name, embedding
+    embedding = embedding.to(device)
+    h = F.embedding(tokens.to(device), embedding)
+    if args.embedding_scale != 1.0:
+        h = h * model.embedding_scale.to(h)
+    rows = max(1, 16384 // tokens.shape[1])  # sequences that run through a layer together
+    rest, layer_index, waiting = None, 0, {}
+    for name, tensor in stream:
+        prefix = f"layers.{layer_index}."
+        if not name.startswith("layers."):
+            rest = (name, tensor)
+            break
+        waiting[name.removeprefix(prefix)] = tensor.to(device)
+        layer = model.layers[layer_index]
+        if len(waiting) < len(layer.state_dict()):
+            continue
+        layer.load_state_dict(waiting, assign=True)
+        waiting = {}
+
+        def run(x, layer=layer):
+            return layer(x, rope if layer.attention.window is None else rope_local, pos, None)
+
+        ffn = ("moe.gate_up", "moe.down") if layer.is_moe else ("gate_up.linear", "down.linear")
+        order = [part for part in ("qkv.linear", "out.linear", *ffn) if prefix + part in linears]
+        for part in order:
+            module = layer.get_submodule(part)
+            sums = _hessians(module, run, h.split(rows))
+            if module.weight.ndim == 3:
+                each = [quantized(prefix + part, w, sums.get(e)) for e, w in enumerate(module.weight)]
+                stored = {k: torch.stack([s[k] for s in each]) for k in each[0]}
+            else:
+                stored = quantized(prefix + part, module.weight, sums[None])
+            yield from ((f"{prefix}{part}.{k}", v) for k, v in stored.items())
+            module.weight = nn.Parameter(linears[prefix + part].dequantize_stored(**stored).to(h.dtype), False)
+        done = {f"{part}.weight" for part in order}
+        yield from ((prefix + k, v) for k, v in layer.state_dict().items() if k not in done)
+        h = torch.cat([run(x) for x in h.split(rows)])
+        model.layers[layer_index] = layer.to("meta")
+        layer_index += 1
+    head = None
+    for name, tensor in ([rest] if rest else []) + list(stream):
+        if name == "norm.weight":
+            model.norm.load_state_dict({"weight": tensor.to(device)}, assign=True)
+        if name == "output.weight":
+            head = tensor
+        else:
+            yield name, tensor
+    if "output" in linears:
+        hessian = torch.zeros(args.dim, args.dim, device=device)
+        for x in h.split(rows):
+            gptq.accumulate_hessian(hessian, model.norm(x))
+        weight = (embedding if head is None else head).to(device)
+        yield from ((f"output.{k}", v) for k, v in quantized("output", weight, hessian).items())
+    elif head is not None:
+        yield "output.weight", head
+
+
+def _hessians(module: nn.Module, run, inputs: Iterable[Tensor]) -> dict[int | None, Tensor]:
+    """Sum of x x^T over what reaches a linear (key None) or each expert of a stack, while `run` sees all inputs."""
+    import gptq
+
+    sums: dict[int | None, Tensor] = {}
+
+    def record(key, x):
+        if key not in sums:
+            sums[key] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+        gptq.accumulate_hessian(sums[key], x)
+
+    def hook(_, args):
+        if len(args) == 1:
+            record(None, args[0])
+        else:  # a stack, each row through its own expert
+            for e in args[1].unique().tolist():
+                record(e, args[0][args[1] == e])
+
+    handle = module.register_forward_pre_hook(hook)
+    plain = getattr(module, "one", None)
+    if plain is not None:  # a stack's other way in, many rows through one expert
+        module.one = lambda x, e: (record(e, x), plain(x, e))[1]
+    for x in inputs:
+        run(x)
+    handle.remove()
+    if plain is not None:
+        del module.one
+    return sums
+
+
+def read_calibration(file: str | Path, directory: Path, samples: int, length: int) -> Tensor:
+    """`samples` sequences of `length` tokens from a text file, documents joined in order -> int64 [samples, length]."""
+    from tokenizer import Tokenizer
+
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--calibration_text {file}: cannot be read: {error}") from None
+    tokenizer = Tokenizer(directory)
+    ids = [i for document in text.split("\f") for i in tokenizer.encode(document)]  # form feeds part documents
+    if len(ids) < length:
+        raise ValueError(
+            f"--calibration_text {file}: {len(ids)} tokens are too few for one sequence of {length}; "
+            "give a longer text or a smaller --calibration_length"
+        )
+    samples = min(samples, len(ids) // length)
+    return torch.tensor(ids[: samples * length]).view(samples, length)
+
+
+def main(checkpoint_path: str, mode: str, groupsize: int | None, method: str | None, out_dir: str, skip: list[str],
+         calibration_text: str | None, calibration_samples: int, calibration_length: int, no_act_order: bool,
+         device: str | None, overwrite: bool, json_line: bool) -> None:  # fmt: skip
+    """Quantize a checkpoint, one layer in memory at a time, into a converted directory."""
+    from checkpoint import META, check_out_dir, metadata, open_checkpoint, resolve, with_tied_head, write_checkpoint
+    from model import Transformer
+
+    begin = time.perf_counter()
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    recipe = make_recipe(mode, groupsize, method, skip)
+    out = check_out_dir(out_dir, overwrite)
+    directory = resolve(checkpoint_path)
+    args, existing, tensors, nbytes = open_checkpoint(directory)
+    if existing is not None:
+        raise ValueError(f"{directory}: is quantized already ({existing['mode']}); start from the original checkpoint")
+    with torch.device("meta"):
+        linears = swap_linears(Transformer(args), recipe)
+    if recipe.get("method") == "gptq":
+        if calibration_text is None:
+            raise ValueError("--method gptq learns from text: give --calibration_text FILE")
+        tokens = read_calibration(calibration_text, directory, calibration_samples, calibration_length)
+        stored = calibrate(args, tensors, linears, tokens, device, not no_act_order)
+    else:
+        stored = (
+            pair
+            for name, tensor in with_tied_head(tensors, args, "output" in linears)
+            for pair in quantize_tensor(name, tensor.to(device), linears)
+        )
+    written = {"bytes": 0}
+
+    def counted() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in stored:
+            written["bytes"] += tensor.nbytes
+            if sys.stderr.isatty():
+                print(f"\r\033[K{name}  {written['bytes'] / 1e6:,.0f} MB", end="", file=sys.stderr, flush=True)
+            yield name, tensor
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    write_checkpoint(out, counted(), META, metadata(args, directory, recipe), directory, overwrite)
+    figures = {
+        "out_dir": str(out),
+        "recipe": recipe,
+        "megabytes_before": nbytes / 1e6,
+        "megabytes": written["bytes"] / 1e6,
+        "seconds": time.perf_counter() - begin,
+    }
+    if device.type == "cuda":
+        figures["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    print(f"{nbytes / 1e6:,.1f} MB -> {figures['megabytes']:,.1f} MB in {figures['seconds']:.1f} s: {out}")
+    if json_line:
+        print(json.dumps(figures))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description="Write a quantized copy of a checkpoint. It loads on any device, without --quant.",
+        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=110, max_help_position=32),
+    )
+    p.error = lambda message: p.exit(2, f"{p.prog}: {message}\n")
+    a = p.add_argument
+    a("--checkpoint_path", default=Path(__file__).parent / "demo", metavar="DIR_OR_HUB_ID", help="what to quantize")
+    a("--mode", required=True, metavar="MODE", help="int8, int4 or fp8")
+    a("--groupsize", type=int, metavar="G", help="columns that share an int4 scale: 32, 64 or 128; default: 64")
+    a("--method", metavar="M", help="of int4: rtn (default), hqq (better, no data) or gptq (best, calibration text)")
+    a("--out_dir", required=True, metavar="DIR", help="where the quantized checkpoint goes")
+    a("--skip", nargs="+", default=[], metavar="NAME", help="leave out linears whose names contain this, e.g. lm_head")
+    a("--calibration_text", metavar="FILE", help="text for gptq; form feeds part documents")
+    a("--calibration_samples", type=int, default=128, metavar="N", help="sequences taken from it at most")
+    a("--calibration_length", type=int, default=2048, metavar="T", help="tokens a sequence")
+    a("--no_act_order", action="store_true", help="gptq: columns in their stored order, not the largest inputs first")
+    a("--device", metavar="D", help="where to compute: cuda or cpu; default: cuda where there is one")
+    a("--overwrite", action="store_true", help="replace what is in --out_dir")
+    a("--json", action="store_true", dest="json_line", help="last line of stdout: one JSON object with all figures")
+    return p
+
+
+if __name__ == "__main__":
+    try:
+        main(**vars(parser().parse_args()))
+    except (ValueError, torch.OutOfMemoryError) as error:
+        print(f"quantize.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,169 @@
+"""The C++ CPU linears against float32 mathematics on dequantised weights: rows, odd sizes, bias, dtypes, compile, threads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels_cpu as k
+
+ROOT = Path(__file__).parent.parent
+needs_cpp = pytest.mark.skipif("not __import__('kernels_cpu').available()", reason="no C++ compiler")
+
+
+def quantized(kind, N, K, groupsize=32, seed=0):
+    """A linear of the kind as (function of x and bias, its dequantised float32 weight, function to dequantise)."""
+    rng = torch.Generator().manual_seed(seed)
+    if kind == "bf16":
+        w = torch.randn(N, K, generator=rng).bfloat16()
+        return (lambda x, bias=None: k.linear_bf16(x, w, bias)), w.float(), None
+    if kind == "int8":
+        w = torch.randint(-128, 128, (N, K), generator=rng, dtype=torch.int8)
+        scale = torch.rand(N, generator=rng) / 100
+        run = lambda x, bias=None: k.linear_int8(x, w, scale, bias)  # noqa: E731
+        return run, w * scale[:, None], lambda dtype: k.dequantize_int8(w, scale, dtype)
+    packed, (q, scale, zero) = int4(N, K, groupsize, rng)
+    dense = ((q - zero[..., None].float()) * scale[..., None].float()).flatten(1)
+    run = lambda x, bias=None: k.linear_int4(x, *packed, groupsize, bias)  # noqa: E731
+    return run, dense, lambda dtype: k.dequantize_int4(*packed, groupsize, K, dtype)
+
+
+def int4(N, K, groupsize, rng):
+    q = torch.randint(0, 16, (N, K // groupsize, groupsize), generator=rng, dtype=torch.uint8)
+    scale, zero = (torch.rand(2, N, K // groupsize, generator=rng) * torch.tensor([0.01, 15])[:, None, None]).half()
+    even, odd = q.flatten(1)[:, 0::2], q.flatten(1)[:, 1::2]
+    return k.pack_int4(even | odd << 4, scale - 0.002, zero, groupsize), (q, scale - 0.002, zero)
+
+
+def close(y, x, w, bias=None):
+    """Within the rounding of y's dtype, and of float32 sums whose terms may cancel."""
+    want = torch.nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
+    size = (x.double().abs() @ w.double().abs().T).float()
+    error = (y.double() - want).abs().float()
+    assert y.dtype == x.dtype and y.shape == want.shape
+    assert (error <= want.abs().float() * (2**-8 if y.dtype == torch.bfloat16 else 2**-23) + 2e-6 * size).all()
+
+
+KINDS = [("bf16", 0), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 128)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("M", [1, 2, 3, 5, 8, 17, 70])
+@pytest.mark.parametrize("kind, groupsize", KINDS)
+def test_linear(kind, groupsize, M, dtype):
+    for N, K in [(1, 128), (37, 384), (256, 1024), (515, 2176)] + ([] if groupsize else [(5, 7), (19, 33), (70, 1111)]):
+        run, w, dequantize = quantized(kind, N, K, groupsize)
+        x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
+        if M <= k.max_rows(kind, dtype) or not dequantize:
+            dense = w
+        else:  # the weight is rounded to x's dtype on this way
+            dense = dequantize(dtype)
+        close(run(x), x, dense)
+        close(run(x, bias), x, dense, bias)
+
+
+@pytest.mark.parametrize("kind, groupsize", KINDS[1:])
+def test_dequantize(kind, groupsize):
+    for N, K in [(1, 128), (37, 384), (515, 2176)]:
+        _, w, dequantize = quantized(kind, N, K, groupsize)
+        assert torch.equal(dequantize(torch.float32), w)
+        assert torch.equal(dequantize(torch.bfloat16), w.bfloat16())
+
+
+@pytest.mark.parametrize("kind, groupsize", KINDS[:3])
+def test_leading_dims_and_strides(kind, groupsize):
+    run, w, _ = quantized(kind, 64, 256, groupsize)
+    x = torch.randn(2, 3, 256)
+    close(run(x), x, w)
+    close(run(x[0, 0]), x[0, 0], w)
+    strided = torch.randn(256, 4).T
+    assert torch.equal(run(strided), run(strided.contiguous()))
+    assert run(x[:0]).shape == (0, 3, 64)
+
+
+@pytest.mark.parametrize("groupsize", [32, 64, 128])
+def test_pack_int4_round_trip(groupsize):
+    for K in (128, 384, 1024):
+        rng = torch.Generator().manual_seed(1)
+        packed, (q, scale, zero) = int4(9, K, groupsize, rng)
+        w, *rest = k.unpack_int4(*packed, groupsize, K)
+        assert torch.equal(torch.stack([w & 15, w >> 4], dim=-1).flatten(1), q.flatten(1))
+        assert torch.equal(rest[0], scale) and torch.equal(rest[1], zero)
+    with pytest.raises(ValueError, match="groupsize 48"):
+        k.pack_int4(torch.zeros(2, 48, dtype=torch.uint8), torch.ones(2, 2), torch.ones(2, 2), 48)
+
+
+@needs_cpp
+@pytest.mark.parametrize("M", [1, 3, 100])
+@pytest.mark.parametrize("kind, groupsize", KINDS[:3])
+def test_compile(kind, groupsize, M):
+    torch._dynamo.reset()
+    run, w, _ = quantized(kind, 64, 256, groupsize)
+    x, bias = torch.randn(M, 256).bfloat16(), torch.randn(64).bfloat16()
+    compiled = torch.compile(lambda x: run(x * 2, bias) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(x), run(x * 2, bias) + 1, rtol=2**-7, atol=2**-5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("kind, groupsize", KINDS[:3])
+def test_threads(kind, groupsize):
+    run, w, _ = quantized(kind, 2051, 1024, groupsize)
+    x = torch.randn(3, 1024)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(x))
+    finally:
+        torch.set_num_threads(before)
+    close(results[0], x, w)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@needs_cpp
+def test_bad_input_is_refused():
+    x, w = torch.randn(1, 64), torch.zeros(8, 64, dtype=torch.int8)
+    for bad in [(x, w[:, :32], torch.ones(8)), (x, w, torch.ones(7)), (x, w.float(), torch.ones(8)), (x, w, torch.ones(8).half())]:
+        with pytest.raises(RuntimeError):
+            torch.ops.hotloop.linear_int8(*bad, None)
+
+
+FALLBACK = """
+import sys, torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import kernels_cpu as k, test_kernels_cpu as t
+assert not k.available()
+for kind, groupsize in t.KINDS:
+    run, w, dequantize = t.quantized(kind, 37, 384, groupsize)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, bias = torch.randn(3, 384).to(dtype), torch.randn(37).to(dtype)
+        dense = w if dequantize is None else dequantize(dtype)
+        assert dequantize is None or torch.equal(dense, w.to(dtype))
+        torch.testing.assert_close(run(x, bias), torch.nn.functional.linear(x, dense.to(dtype), bias))
+"""
+
+
+@pytest.mark.parametrize("env, lines", [({"HOTLOOP_NO_CPP": "1"}, 0), ({"CXX": "no-such-compiler"}, 1), ({"CXX": "false"}, 1)])
+def test_fallback(env, lines, tmp_path):
+    env = {**os.environ, **env, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FALLBACK.format(root=str(ROOT))], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == lines, done.stderr
+    assert not list(tmp_path.glob("*.so")) and not list(tmp_path.glob("*.tmp"))
+
+
+@needs_cpp
+def test_plain_vectors(tmp_path):
+    """The code for CPUs without AVX-512 gives the same numbers: built for AVX2, or for whatever the compiler assumes."""
+    for flags in ("-mno-avx512f", "-march=x86-64"):
+        probe = subprocess.run(["c++", flags, "-xc++", "-", "-o", "/dev/null", "-c"], input="", capture_output=True, text=True)
+        if probe.returncode:
+            pytest.skip("not x86")
+        env = {**os.environ, "HOTLOOP_CXXFLAGS": flags, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{ROOT}/tests/test_kernels_cpu.py"]
+        done = subprocess.run([*command, "-k", "test_linear or test_dequantize"], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
