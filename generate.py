@@ -156,7 +156,8 @@ class GraphedDecode:
         if token is not buffers[0]:
             buffers[0].copy_(token)
             buffers[1].copy_(input_pos)
-        key = (token.shape[0], slots.shape[0], model.max_seq_len)  # a larger cache is another memory
+        memory = [b.data_ptr() for b in sample.buffers()] if isinstance(sample, nn.Module) else []
+        key = (token.shape[0], slots.shape[0], model.max_seq_len, *memory)  # what is reallocated needs a new graph
         if key not in self.graphs:
             self.graphs[key] = self.capture(model, buffers, slots, sample)
         self.graphs[key].replay()

@@ -44,6 +44,10 @@ def have_triton() -> bool:
     return True
 
 
+# What torch.compiler.assume_constant_result sets; the decorator itself imports torch._dynamo, a second of every start.
+have_triton._dynamo_marked_constant = True
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether a kernel should run on this tensor, rather than its reference."""
     return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and have_triton()
@@ -108,14 +112,15 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, zero: Tensor 
     Up to 16 rows stream the weight once; more rows are a matrix product with the weight dequantized.
     """
     if use_triton(x) and x.numel() // x.shape[-1] <= SMALL_M:
-        _triton()
+        if not torch.compiler.is_compiling():
+            _triton()  # registers the operator; `fuse` did so for a model
         return torch.ops.hotloop.linear(x, weight, scale, zero, None, None, None, 0.0, 0.0, "")
     return linear_reference(x, weight, scale, zero)
 
 
 def _config(weight: Tensor, pairs: bool) -> tuple[int, int, int]:
     """(rows a program, bytes of a row at a time, warps) of the one-row kernel; found by sweeps, benchmarks/NOTES.md."""
-    return (2 if pairs else 4), 2048, 4
+    return (4 if pairs else 8), 1024, 4
 
 
 def _linear(x, weight, scale, zero, bias, norm, residual, eps, offset, activation) -> Tensor:

@@ -389,41 +389,64 @@ Tensor linear_int4(Tensor x, Tensor w, Tensor scales, int64_t groupsize, std::op
 }
 
 // ---------------------------------------------------------------------------------------------------- dequantising
+INLINE void store(float* y, Floats v, int64_t count = 16) { std::memcpy(y, &v, count * 4); }
+INLINE void store(uint16_t* y, Floats v, int64_t count = 16) {  // rounded to bf16 as in round_bf16()
+  using Shorts = uint16_t __attribute__((vector_size(32)));
+  const Words b = (Words)v;
+  const Shorts s = __builtin_convertvector((b + 0x7fff + (b >> 16 & 1)) >> 16 | ((Words)(v != v) & 0x7fc0), Shorts);
+  std::memcpy(y, &s, count * 2);
+}
+
+template <class T>
+void int8_rows(const int8_t* q, const float* scale, int64_t K, int64_t first, int64_t last, T* y) {
+  using Bytes = int8_t __attribute__((vector_size(16)));
+  for (int64_t n = first; n < last; n++) {
+    int64_t k = n * K;
+    for (; k + 16 <= (n + 1) * K; k += 16) store(y + k, __builtin_convertvector(load<Bytes>(q + k), Floats) * scale[n]);
+    for (; k < (n + 1) * K; k++) store(y + k, Floats{q[k] * scale[n]}, 1);
+  }
+}
+
+template <class T>
+void int4_rows(const Int4& w, int64_t K, int64_t first, int64_t last, T* y) {
+  const Words shifts = {0, 16, 4, 20, 8, 24, 12, 28, 0, 16, 4, 20, 8, 24, 12, 28};
+  for (int64_t n = first; n < last; n++)
+    for (int64_t k = 0; k < K; k += 16) {  // a stretch of 16 columns: word k % 256 / 16 of each of a block's two lines
+      const auto* p = (const uint32_t*)(w.w + n * w.row_bytes() + k / 256 * 128) + k % 256 / 16;
+      const uint32_t a = p[0], b = p[16], s = w.scales[n * w.groups + (k / 16 >> w.shift)];
+      const Words q = Words{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b} >> shifts & 15;
+      const Floats scale_zero = high_fp16(Words{s, s << 16});
+      store(y + n * K + k, (__builtin_convertvector((Ints)q, Floats) - scale_zero[1]) * scale_zero[0]);
+    }
+}
+
 Tensor dequantize_int8(Tensor w, Tensor scale, ScalarType dtype) {
   const int64_t N = w.size(0), K = w.size(1);
   check(w, ScalarType::Char, N, K, "w");
   check(scale, ScalarType::Float, N, -1, "scale");
-  Tensor y = torch::stable::new_empty(w, {N, K}, dtype);
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "dtype must be bfloat16 or float32");
+  Tensor result = torch::stable::new_empty(w, {N, K}, dtype);
   const auto* q = (const int8_t*)w.const_data_ptr();
   const auto* s = (const float*)scale.const_data_ptr();
+  void* y = result.mutable_data_ptr();
   parallel_rows(N, K, [&](int64_t first, int64_t last) {
-    for (int64_t n = first; n < last; n++)
-      if (dtype == ScalarType::Float)
-        for (int64_t k = n * K; k < (n + 1) * K; k++) ((float*)y.mutable_data_ptr())[k] = q[k] * s[n];
-      else
-        for (int64_t k = n * K; k < (n + 1) * K; k++) ((uint16_t*)y.mutable_data_ptr())[k] = round_bf16(q[k] * s[n]);
+    if (dtype == ScalarType::Float) int8_rows(q, s, K, first, last, (float*)y);
+    else int8_rows(q, s, K, first, last, (uint16_t*)y);
   });
-  return y;
+  return result;
 }
 
 Tensor dequantize_int4(Tensor w, Tensor scales, int64_t groupsize, int64_t K, ScalarType dtype) {
   const Int4 w4 = int4(w, scales, groupsize);
-  const int64_t N = w.size(0);
-  Tensor y = torch::stable::new_empty(w, {N, K}, dtype);
-  parallel_rows(N, w4.row_bytes(), [&](int64_t first, int64_t last) {
-    for (int64_t n = first; n < last; n++)
-      for (int64_t k = 0; k < K; k += 16) {  // a stretch: word k % 256 / 16 of each of the block's two lines
-        const auto* p = (const uint32_t*)(w4.w + n * w4.row_bytes() + k / 256 * 128) + k % 256 / 16;
-        const uint32_t s = w4.scales[n * w4.groups + k / groupsize];
-        const Floats both = high_fp16(Words{s, s << 16});
-        for (int64_t i = 0; i < 16; i++) {
-          float value = ((p[i / 8 * 16] >> (i % 2 * 16 + i % 8 / 2 * 4) & 15) - both[1]) * both[0];
-          if (dtype == ScalarType::Float) ((float*)y.mutable_data_ptr())[n * K + k + i] = value;
-          else ((uint16_t*)y.mutable_data_ptr())[n * K + k + i] = round_bf16(value);
-        }
-      }
+  STD_TORCH_CHECK(K % groupsize == 0 && (K + 255) / 256 == w4.blocks, "K does not fit w");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "dtype must be bfloat16 or float32");
+  Tensor result = torch::stable::new_empty(w, {w.size(0), K}, dtype);
+  void* y = result.mutable_data_ptr();
+  parallel_rows(w.size(0), w4.row_bytes(), [&](int64_t first, int64_t last) {
+    if (dtype == ScalarType::Float) int4_rows(w4, K, first, last, (float*)y);
+    else int4_rows(w4, K, first, last, (uint16_t*)y);
   });
-  return y;
+  return result;
 }
 
 STABLE_TORCH_LIBRARY(hotloop, m) {

@@ -26,15 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to so many rows of x the kernels beat dequantising and F.linear (measured with 2 threads on AVX-512).
-MAX_ROWS = 16
+# Up to so many rows of x the kernels beat dequantising and F.linear (measured on AVX-512 with bf16; x in bf16, float32).
+MAX_ROWS = {"bf16": (16, 16), "int8": (64, 48), "int4": (48, 48)}
 
 
 # ----------------------------------------------------------------------------------------------------------- build
-@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether the C++ kernels can run; builds them at the first call. Never raises: one line on stderr says why not."""
     return _load() is None
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself imports torch._dynamo, a second of every start.
+available._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -65,6 +68,7 @@ def _build() -> str:
     torch_dir = Path(torch.__file__).parent
     command = [*compiler.split(), "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-w", str(source)]
     command += [f"-I{torch_dir}/include", f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10"]
+    command += os.environ.get("HOTLOOP_CXXFLAGS", "").split()
     # -march=native makes the library this CPU's own: a home directory shared between machines needs one for each.
     key = repr((command, source.read_bytes(), torch.__version__, _cpu_flags()))
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/hotloop/cpp").expanduser()
@@ -113,27 +117,32 @@ def _register_fakes() -> None:
 # --------------------------------------------------------------------------------------------------------- linears
 def linear_bf16(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ w.T for w bfloat16 [N, K] contiguous."""
-    if _few_rows(x):
+    if _few_rows(x, "bf16"):
         return torch.ops.hotloop.linear_bf16(x.contiguous(), w, _float(bias))
     return _linear(x, w, bias)
 
 
 def linear_int8(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ (w * scale[:, None]).T for w int8 [N, K] and scale float32 [N], contiguous."""
-    if _few_rows(x):
+    if _few_rows(x, "int8"):
         return torch.ops.hotloop.linear_int8(x.contiguous(), w, scale, _float(bias))
     return _linear(x, dequantize_int8(w, scale, x.dtype), bias)
 
 
 def linear_int4(x: Tensor, w: Tensor, scales: Tensor, groupsize: int, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ ((q - zero) * scale).T for w, scales of `pack_int4`."""
-    if _few_rows(x):
+    if _few_rows(x, "int4"):
         return torch.ops.hotloop.linear_int4(x.contiguous(), w, scales, groupsize, _float(bias))
     return _linear(x, dequantize_int4(w, scales, groupsize, x.shape[-1], x.dtype), bias)
 
 
-def _few_rows(x: Tensor) -> bool:
-    return x.numel() <= MAX_ROWS * x.shape[-1] and x.is_cpu and available()
+def max_rows(kind: str, dtype: torch.dtype) -> int:
+    """The most rows of x in this dtype for which the kernel of this kind runs, where it can."""
+    return MAX_ROWS[kind][dtype == torch.float32]
+
+
+def _few_rows(x: Tensor, kind: str) -> bool:
+    return x.numel() <= max_rows(kind, x.dtype) * x.shape[-1] and x.is_cpu and available()
 
 
 def _float(bias: Tensor | None) -> Tensor | None:

@@ -195,7 +195,7 @@ def masked_attention(q_BHTD, k_BKSD, v_BKSD, mask_BTS, scale: float, softcap: fl
     else:  # SDPA has no soft-capping
         scores = softcap * torch.tanh(q.float() @ k_BKSD.float().transpose(-1, -2) * (scale / softcap))
         y = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v_BKSD.dtype) @ v_BKSD
-    return y.view(B, H, T, D)
+    return y.reshape(B, H, T, D)  # some of CUDA's kernels return other strides
 
 
 class Attention(nn.Module):
