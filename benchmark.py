@@ -195,8 +195,9 @@ def circumstances(device: torch.device) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------- the README's tables
-def read_rows(file: Path = RESULTS) -> list[dict]:
-    """The recorded rows, the oldest first; none where the file is not there yet."""
+def read_rows(file: Path | None = None) -> list[dict]:
+    """The rows of a file (None: those recorded), the oldest first; none where the file is not there yet."""
+    file = file or RESULTS
     return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.exists() else []
 
 
@@ -214,16 +215,17 @@ def cells(*values) -> str:
 def decode_table(rows: list[dict]) -> str:
     """A table for each device of the latest row of each model, mode, batch, length and compiled or eager."""
     same = ("device", "model", "mode", "batch", "prompt_tokens", "new_tokens")
-    latest = {(*(r.get(k) for k in same), r.get("compile_s") is None): r for r in rows if not r.get("kind")}
-    parts, header = [], ("model | mode | batch | tokens in + out | GB of weights | tok/s | step ms | % of read bandwidth | "
-                         "first token ms | compile s | commit | torch | date")  # fmt: skip
+    latest = {(*(r[k] for k in same), r["compile_s"] is None): r for r in rows if not r.get("kind")}
+    header = ("model | mode | batch | tokens in + out | GB of weights | tok/s | step ms | % of read bandwidth | "
+              "first token ms | compile s | commit | torch | date")  # fmt: skip
+    parts = []
     for device in sorted({key[0] for key in latest}):
         lines = [
             cells(r["model"], r["mode"], r["batch"], f"{r['prompt_tokens']} + {r['new_tokens']}",
                   (r["weights_gb"], ".2f"), (r["tok_s"], ",.1f"), (r["decode_step_ms"], ".3f"),
                   (r["percent_of_peak_bandwidth"], ".0f"), (1e3 * r["ttft_s"], ",.1f"),
-                  (r["compile_s"], ".0f") if r["compile_s"] is not None else "eager", r["commit"], r["torch"], r["date"])
-            for key, r in sorted(latest.items(), key=lambda pair: tuple(map(str, pair[0]))) if key[0] == device
+                  "eager" if r["compile_s"] is None else (r["compile_s"], ".0f"), r["commit"], r["torch"], r["date"])
+            for key, r in sorted(latest.items(), key=lambda pair: pair[0]) if key[0] == device
         ]  # fmt: skip
         parts.append(f"**{device}**\n\n{table(header, lines)}")
     return "\n\n".join(parts)
@@ -235,11 +237,11 @@ def perplexity_table(rows: list[dict]) -> str:
     latest = {tuple(r.get(k) for k in ("model", "mode", "method", "groupsize")): r for r in rows}
     plain = {r["model"]: r["perplexity"] for r in latest.values() if r["mode"] in ("bf16", "bfloat16")}
     header = "model | mode | method | group size | MB | perplexity | against bf16 | date"
-    lines = [
-        cells(r["model"], r["mode"], r.get("method"), r.get("groupsize"), (r["size_mb"], ".1f"),
-              (r["perplexity"], ".4f"), (r["perplexity"] / plain[r["model"]] - 1, "+.2%") if r["model"] in plain else None,
-              r["date"]) for r in latest.values()
-    ]  # fmt: skip
+    lines = []
+    for r in latest.values():
+        change = r["perplexity"] / plain[r["model"]] - 1 if r["model"] in plain else None
+        lines.append(cells(r["model"], r["mode"], r.get("method"), r.get("groupsize"), (r["size_mb"], ".1f"),
+                           (r["perplexity"], ".4f"), (change, "+.2%"), r["date"]))  # fmt: skip
     return table(header, lines) if lines else ""
 
 
