@@ -20,14 +20,18 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to so many rows of x the kernels beat dequantising and F.linear (measured on AVX-512 with bf16; x in bf16, float32).
-MAX_ROWS = {"bf16": (16, 16), "int8": (64, 48), "int4": (48, 48)}
+# Up to so many rows of x, in bfloat16 and in float32, a kernel beats dequantising and F.linear (measured, AVX-512).
+MAX_ROWS = {"bf16": (16, 16), "int8": (96, 48), "int4": (96, 48)}
+# Weights to dequantise at once: their memory is then reused, where that of a larger tensor is mapped anew each time,
+# which takes longer than dequantising.
+DEQUANTIZE = 1 << 23
 
 
 # ----------------------------------------------------------------------------------------------------------- build
@@ -119,21 +123,21 @@ def linear_bf16(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ w.T for w bfloat16 [N, K] contiguous."""
     if _few_rows(x, "bf16"):
         return torch.ops.hotloop.linear_bf16(x.contiguous(), w, _float(bias))
-    return _linear(x, w, bias)
+    return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def linear_int8(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ (w * scale[:, None]).T for w int8 [N, K] and scale float32 [N], contiguous."""
     if _few_rows(x, "int8"):
         return torch.ops.hotloop.linear_int8(x.contiguous(), w, scale, _float(bias))
-    return _linear(x, dequantize_int8(w, scale, x.dtype), bias)
+    return _blocks(x, w.shape[0], bias, lambda n: dequantize_int8(w[n], scale[n], x.dtype))
 
 
 def linear_int4(x: Tensor, w: Tensor, scales: Tensor, groupsize: int, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ ((q - zero) * scale).T for w, scales of `pack_int4`."""
     if _few_rows(x, "int4"):
         return torch.ops.hotloop.linear_int4(x.contiguous(), w, scales, groupsize, _float(bias))
-    return _linear(x, dequantize_int4(w, scales, groupsize, x.shape[-1], x.dtype), bias)
+    return _blocks(x, w.shape[0], bias, lambda n: dequantize_int4(w[n], scales[n], groupsize, x.shape[-1], x.dtype))
 
 
 def max_rows(kind: str, dtype: torch.dtype) -> int:
@@ -149,8 +153,13 @@ def _float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float()
 
 
-def _linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def _blocks(x: Tensor, N: int, bias: Tensor | None, weight: Callable[[slice], Tensor]) -> Tensor:
+    """F.linear whose weight comes in blocks of output channels."""
+    step = max(DEQUANTIZE // x.shape[-1], 1)
+    blocks = [slice(n, n + step) for n in range(0, N, step)]
+    bias = None if bias is None else bias.to(x.dtype)
+    y = [F.linear(x, weight(n), None if bias is None else bias[n]) for n in blocks]
+    return y[0] if len(y) == 1 else torch.cat(y, dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------- int4's packing
