@@ -14,6 +14,7 @@ Try it:  python -c "from checkpoint import load_model; print(load_model('demo'))
 Sources: the safetensors format (https://huggingface.co/docs/safetensors), Hugging Face's sharded index files.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -32,7 +33,7 @@ import kernels
 import kernels_cpu
 from convert_hf_checkpoint import args_from_hf, convert_state_dict, export_state_dict, stop_ids_from_hf
 from model import ModelArgs, Transformer
-from quantize import check_recipe, quantize_tensor, swap_linears
+from quantize import QuantLinear, check_recipe, quantize_tensor, swap_linears
 
 META = "hotloop.json"
 FORMAT = 1
@@ -299,6 +300,7 @@ def load_model(
     loading, for a checkpoint that is not quantized yet. Raises ValueError with one line for anything that is wrong.
     """
     directory = resolve(path)
+    quant = copy.deepcopy(quant)  # swap_linears records this model's groupsizes in it
     try:
         args, recipe, tensors, nbytes = open_checkpoint(directory)
         if recipe and quant:
@@ -426,6 +428,8 @@ def save_checkpoint(
     config.json. dtype: of the floating-point weights on disk; None: as they are.
     """
     directory = resolve(source)
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ValueError(f"{out_dir}: the model is quantized; quantize.py writes such checkpoints, from the original")
     state = {k: v for k, v in model.state_dict().items() if not (model.args.tie_embeddings and k == "output.weight")}
     state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in state.items()}
     if layout == "hf":

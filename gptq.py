@@ -186,28 +186,28 @@ def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.where(second, y, x) for x, y in zip(a, b, strict=True))
 
 
-def _search(groups: Tensor, importance: Tensor, steps: int = 12, refine: int = 2) -> tuple[Tensor, Tensor]:
+def _search(groups: Tensor, importance: Tensor, steps: int = 8, refine: int = 2) -> tuple[Tensor, Tensor]:
     """The scale and zero with the least sum of importance * error^2, near enough.
 
-    From several shares of the group's span, alternates rounding and the weighted linear regression of the weights on
-    q; every grid met is judged by its own error, after its rounding to float16.
+    From several shares of the group's span at once (dimension 0: few launches on a GPU), alternates rounding and the
+    weighted linear regression of the weights on q; every grid met is judged by its own error, in float16's numbers.
     """
     span, start = _span(groups)
     share = importance / importance.sum(-1, keepdim=True)
     mean_w = (groups * share).sum(-1, keepdim=True)
-    best = (_loss(groups, span, start, share), span, start)
-    for shrink in torch.linspace(1.0, 0.6, steps).tolist():
-        scale, zero = _to16(span * shrink), start
+    shrink = torch.linspace(1.0, 0.6, steps, device=groups.device).view(-1, *[1] * groups.dim())
+    scale, zero = _to16(span * shrink), start.expand(steps, *start.shape)
+    best = (_loss(groups, scale, zero, share), scale, zero)
+    for _ in range(refine):
+        q = _quantize(groups, scale, zero)
+        mean_q = (q * share).sum(-1, keepdim=True)
+        dq = (q - mean_q) * share
+        slope = (dq * groups).sum(-1, keepdim=True) / (dq * q).sum(-1, keepdim=True).clamp(min=1e-6)
+        scale = torch.where(slope > span * 0.25, _to16(slope), scale)  # a group on one level has no slope
+        zero = (mean_q - mean_w / scale).clamp(-LEVELS, 2 * LEVELS).half().float()
         best = _better(best, (_loss(groups, scale, zero, share), scale, zero))
-        for _ in range(refine):
-            q = _quantize(groups, scale, zero)
-            mean_q = (q * share).sum(-1, keepdim=True)
-            dq = (q - mean_q) * share
-            slope = (dq * groups).sum(-1, keepdim=True) / (dq * q).sum(-1, keepdim=True).clamp(min=1e-6)
-            scale = torch.where(slope > span * 0.25, _to16(slope), scale)  # a group on one level has no slope
-            zero = (mean_q - mean_w / scale).clamp(-LEVELS, 2 * LEVELS).half().float()
-            best = _better(best, (_loss(groups, scale, zero, share), scale, zero))
-    return best[1:]
+    least = best[0].argmin(0, keepdim=True)
+    return best[1].gather(0, least)[0], best[2].gather(0, least)[0]
 
 
 def _inverse_factor(h: Tensor) -> Tensor:

@@ -118,9 +118,19 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, zero: Tensor 
     return linear_reference(x, weight, scale, zero)
 
 
-def _config(weight: Tensor, pairs: bool) -> tuple[int, int, int]:
-    """(rows a program, bytes of a row at a time, warps) of the one-row kernel; found by sweeps, benchmarks/NOTES.md."""
-    return (4 if pairs else 8), 1024, 4
+def _config(kind: str, K: int) -> dict:
+    """Warps, rows at a time, programs a multiprocessor and pipeline stages of `gemv`; from benchmarks/NOTES.md."""
+    warps = 4 if K <= 8192 else 8 if K <= 16384 else 16
+    if kind == "float":
+        return dict(num_warps=warps, BN=2, programs=8, STAGES=2)
+    if kind == "int4":
+        return dict(num_warps=warps, BN=2, programs=4, STAGES=3)
+    return dict(num_warps=warps, BN=2, programs=6, STAGES=4)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _linear(x, weight, scale, zero, bias, norm, residual, eps, offset, activation) -> Tensor:
@@ -128,7 +138,6 @@ def _linear(x, weight, scale, zero, bias, norm, residual, eps, offset, activatio
     K = x.shape[-1]
     M, N = x.numel() // K, weight.shape[0] // (2 if activation else 1)
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
-    bits = 8 * weight.element_size() // (2 if zero is not None else 1)
     kind = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(weight.dtype, "float")
     group = K // scale.shape[1] if zero is not None else 0
     if M > 1:
@@ -137,11 +146,13 @@ def _linear(x, weight, scale, zero, bias, norm, residual, eps, offset, activatio
             x, weight, scale, zero, y, M, N, K, KIND=kind, GROUP=group, BM=16, BN=BN, BK=BK, num_warps=4, num_stages=4
         )
         return y
-    BN, row_bytes, warps = _config(weight, bool(activation))
+    config = _config(kind, K)
+    rows = config["BN"] = max(1, config["BN"] // 2) if activation else config["BN"]
+    programs = min(config.pop("programs") * _multiprocessors(x.device), -(-N // rows))
     words = weight if kind == "float" else weight.view(torch.int32)
-    _triton().gemv[(-(-N // BN),)](
-        x, words, scale, zero, bias, norm, residual, y, N, K, eps, offset,
-        KIND=kind, GROUP=group, ACTIVATION=activation, BN=BN, BK=8 * row_bytes // bits, num_warps=warps,
+    _triton().gemv[(programs,)](
+        x, words, scale, zero, bias, norm, residual, y, N, K, eps, offset, KIND=kind, GROUP=group,
+        ACTIVATION=activation, EXACT=x.dtype == torch.float32, BK=1 << (K - 1).bit_length(), **config,
     )  # fmt: skip
     return y
 
@@ -291,7 +302,7 @@ def fuse(model: nn.Module) -> None:
 @functools.cache
 def _triton() -> SimpleNamespace:
     """Import Triton, define the kernels, register the operators hotloop::linear and hotloop::attend; once."""
-    global tl, x_at, head_norm  # kernels look up what they use among the names of this module
+    global tl, x_at, byte_at, nibble_at, head_norm  # kernels look up what they use among the names of this module
     import triton
     import triton.language as tl
 
@@ -305,125 +316,125 @@ def _triton() -> SimpleNamespace:
 
     @triton.jit
     def x_at(x, norm, i, mask, offset):
-        """Elements i of the vector x, and the same times the norm's weight."""
+        """Elements i of the vector x, times the norm's weight where there is one."""
         v = tl.load(x + i, mask=mask, other=0.0).to(tl.float32)
-        g = v
         if norm is not None:
-            g = v * (tl.load(norm + i, mask=mask, other=0.0).to(tl.float32) + offset)
-        return v, g
+            v *= tl.load(norm + i, mask=mask, other=0.0).to(tl.float32) + offset
+        return v
+
+    @triton.jit
+    def byte_at(q, i: tl.constexpr, KIND: tl.constexpr):
+        """Byte i of each word as a float: int8 (offset by 128) as 1 + byte 2^-15, e4m3 as its value times 2^-120."""
+        if KIND == "fp8":  # sign, exponent and mantissa moved to float32's places
+            return (((q << (24 - 8 * i)) >> 4) & -2014314496).to(tl.float32, bitcast=True)  # 0x87F00000
+        if i == 0:
+            u = q << 8
+        else:
+            u = q >> (8 * (i - 1))
+        return ((u & 0xFF00) | 0x3F800000).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def nibble_at(q, i: tl.constexpr):
+        """Nibble i of each word as 1 + nibble 2^-12, 2^-8 or 2^-4: three shifts serve all eight."""
+        if i < 3:
+            u = q << 11
+        elif i < 6:
+            u = q >> 1
+        else:
+            u = q >> 13
+        return ((u & (15 << (11 + 4 * (i % 3)))) | 0x3F800000).to(tl.float32, bitcast=True)
 
     @triton.jit
     def gemv(
-        x, w, scale, zero, bias, norm, residual, y, N, K: tl.constexpr, eps, offset,
-        KIND: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        x, w, scale, zero, bias, norm, residual, y, N, K: tl.constexpr, eps, offset, KIND: tl.constexpr,
+        GROUP: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        STAGES: tl.constexpr,
     ):  # fmt: skip
-        """One row: y[n] = W[n] . x for BN values of n, each lane summing its own columns until the end.
+        """One row of x: each program keeps all of it (normalized) in registers and walks over rows of W, BN at a time.
 
-        The norm costs nothing extra: its weight multiplies x on the way in, its 1 / rms the result, and the sum of
-        squares is gathered beside the products. Quantized weights are read as 32-bit words. A byte or nibble becomes
-        a float by placing its bits in the mantissa of 1.0, which gives 1 + q 2^-15, say, in one instruction; what is
-        too much (a multiple of the sum of x) is subtracted lane by lane, where it is small, not at the end.
+        The walk is pipelined: the next rows are on their way while these are summed. Quantized weights are read as
+        32-bit words. A byte or nibble becomes a float by placing its bits in the mantissa of 1.0, one instruction
+        instead of a slow conversion; what that adds, a multiple of x, is subtracted lane by lane, where it is small
+        (EXACT, for float32 x: before the product).
         """
-        R: tl.constexpr = BN * 2 if ACTIVATION else BN
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
-        r = tl.arange(0, R)
-        if ACTIVATION:  # gate and up in turn
-            rows = tl.minimum(tl.program_id(0) * BN + r // 2, N - 1) + (r % 2) * N
-        else:
-            rows = tl.minimum(tl.program_id(0) * BN + r, N - 1)
-        rows = rows.to(tl.int64)
+        R: tl.constexpr = BN * 2 if ACTIVATION != "" else BN
+        r, k = tl.arange(0, R), tl.arange(0, BK)
+        inv = 1.0
+        if norm is not None:
+            v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+            inv = tl.rsqrt(tl.sum(v * v) / K + eps)
         if KIND == "float":
-            acc = tl.zeros([R, BK], tl.float32)
-            squares = tl.zeros([BK], tl.float32)
-            for k0 in tl.range(0, K, BK):
-                k = k0 + tl.arange(0, BK)
-                weight = tl.load(w + rows[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-                v, g = x_at(x, norm, k, k < K, offset)
-                squares += v * v
-                acc += weight.to(tl.float32) * g[None, :]
-            d = tl.sum(acc, 1)
+            g = x_at(x, norm, k, k < K, offset) * inv
         elif KIND == "int4":
             W: tl.constexpr = GROUP // 8  # words a group
-            BG: tl.constexpr = BK // GROUP
-            acc = tl.zeros([R, BG], tl.float32)
-            squares = tl.zeros([BG, W], tl.float32)
-            for k0 in tl.range(0, K, BK):
-                group = k0 // GROUP + tl.arange(0, BG)
-                m = group < K // GROUP
-                j = group[:, None] * W + tl.arange(0, W)[None, :]
-                mj = m[:, None] & (j >= 0)
+            group = tl.arange(0, BK // GROUP)
+            mg = group < K // GROUP
+            j = group[:, None] * W + tl.arange(0, W)[None, :]
+            mj = j < K // 8
+            g0, g1 = x_at(x, norm, 8 * j, mj, offset) * inv, x_at(x, norm, 8 * j + 1, mj, offset) * inv
+            g2, g3 = x_at(x, norm, 8 * j + 2, mj, offset) * inv, x_at(x, norm, 8 * j + 3, mj, offset) * inv
+            g4, g5 = x_at(x, norm, 8 * j + 4, mj, offset) * inv, x_at(x, norm, 8 * j + 5, mj, offset) * inv
+            g6, g7 = x_at(x, norm, 8 * j + 6, mj, offset) * inv, x_at(x, norm, 8 * j + 7, mj, offset) * inv
+            sum_x = tl.sum(g0 + g1 + g2 + g3 + g4 + g5 + g6 + g7, 1)[None, :]
+            g0, g3, g6 = g0 * 4096, g3 * 4096, g6 * 4096
+            g1, g4, g7 = g1 * 256, g4 * 256, g7 * 256
+            g2, g5 = g2 * 16, g5 * 16
+            BIAS: tl.constexpr = 1.0 if EXACT else 0.0
+            excess = (1.0 - BIAS) * tl.sum(g0 + g1 + g2 + g3 + g4 + g5 + g6 + g7, 1)[None, :]
+        else:
+            j = tl.arange(0, BK // 4)
+            mj = j < K // 4
+            # 2^15; or 2^60, and again at the end: in two steps, away from float32's subnormals
+            inv *= 32768.0 if KIND == "int8" else 1152921504606846976.0
+            g0, g1 = x_at(x, norm, 4 * j, mj, offset) * inv, x_at(x, norm, 4 * j + 1, mj, offset) * inv
+            g2, g3 = x_at(x, norm, 4 * j + 2, mj, offset) * inv, x_at(x, norm, 4 * j + 3, mj, offset) * inv
+            ONE: tl.constexpr = 1.00390625 if KIND == "int8" else 0.0  # what a weight of 0 looks like
+            BIAS: tl.constexpr = ONE if EXACT else 0.0
+            excess = (ONE - BIAS) * (g0 + g1 + g2 + g3)[None, :]
+        for n0 in tl.range(tl.program_id(0) * BN, N, tl.num_programs(0) * BN, num_stages=STAGES):
+            n = n0 + tl.arange(0, BN)
+            if ACTIVATION != "":  # gate and up in turn
+                rows = tl.minimum(n0 + r // 2, N - 1) + (r % 2) * N
+            else:
+                rows = tl.minimum(n0 + r, N - 1)
+            rows = rows.to(tl.int64)
+            if KIND == "float":
+                weight = tl.load(w + rows[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+                d = tl.sum(weight.to(tl.float32) * g[None, :], 1)
+            elif KIND == "int4":
                 q = tl.load(w + rows[:, None, None] * (K // 8) + j[None, :, :], mask=mj[None, :, :], other=0)
                 at = rows[:, None] * (K // GROUP) + group[None, :]
-                s = tl.load(scale + at, mask=m[None, :], other=0.0).to(tl.float32)
-                z = tl.load(zero + at, mask=m[None, :], other=0.0).to(tl.float32)
-                dots = tl.zeros([R, BG, W], tl.float32)
-                sum_x = tl.zeros([BG, W], tl.float32)
-                excess = tl.zeros([BG, W], tl.float32)
-                for i in tl.static_range(8):
-                    v, g = x_at(x, norm, j * 8 + i, mj, offset)
-                    squares += v * v
-                    sum_x += g
-                    # Three shifts put the eight nibbles at bits 11, 15 or 19: 1 + nibble 2^-12, 2^-8 or 2^-4.
-                    if i < 3:
-                        u = q << 11
-                    elif i < 6:
-                        u = q >> 1
-                    else:
-                        u = q >> 13
-                    f = ((u & (15 << (11 + 4 * (i % 3)))) | 0x3F800000).to(tl.float32, bitcast=True)
-                    g = g * (2.0 ** (12 - 4 * (i % 3)))
-                    excess += g
-                    dots += f * g[None, :, :]
-                dot = tl.sum(dots, 2) - tl.sum(excess, 1)[None, :]
-                acc += (dot - z * tl.sum(sum_x, 1)[None, :]) * s
-            d = tl.sum(acc, 1)
-        else:
-            BW: tl.constexpr = BK // 4
-            acc = tl.zeros([R, BW], tl.float32)
-            excess = tl.zeros([BW], tl.float32)
-            squares = tl.zeros([BW], tl.float32)
-            for k0 in tl.range(0, K, BK):
-                j = k0 // 4 + tl.arange(0, BW)
-                q = tl.load(w + rows[:, None] * (K // 4) + j[None, :], mask=(j < K // 4)[None, :], other=0)
+                s = tl.load(scale + at, mask=mg[None, :], other=0.0).to(tl.float32)
+                z = tl.load(zero + at, mask=mg[None, :], other=0.0).to(tl.float32)
+                p = (nibble_at(q, 0) - BIAS) * g0[None, :, :] + (nibble_at(q, 1) - BIAS) * g1[None, :, :]
+                p += (nibble_at(q, 2) - BIAS) * g2[None, :, :] + (nibble_at(q, 3) - BIAS) * g3[None, :, :]
+                p += (nibble_at(q, 4) - BIAS) * g4[None, :, :] + (nibble_at(q, 5) - BIAS) * g5[None, :, :]
+                p += (nibble_at(q, 6) - BIAS) * g6[None, :, :] + (nibble_at(q, 7) - BIAS) * g7[None, :, :]
+                d = tl.sum((tl.sum(p, 2) - excess - z * sum_x) * s, 1)
+            else:
+                q = tl.load(w + rows[:, None] * (K // 4) + j[None, :], mask=mj[None, :], other=0)
                 if KIND == "int8":
                     q = q ^ -2139062144  # 0x80808080: from -128 ... 127 to 0 ... 255
-                for i in tl.static_range(4):
-                    v, g = x_at(x, norm, j * 4 + i, j < K // 4, offset)
-                    squares += v * v
-                    if KIND == "int8":
-                        if i == 0:
-                            u = q << 8
-                        else:
-                            u = q >> (8 * (i - 1))
-                        f = ((u & 0xFF00) | 0x3F800000).to(tl.float32, bitcast=True)  # 1 + (q + 128) 2^-15
-                        excess += g
-                    else:  # e4m3: sign, exponent and mantissa moved to their places are the value times 2^-120
-                        u = (q << (24 - 8 * i)) >> 4
-                        f = (u & -2014314496).to(tl.float32, bitcast=True)  # 0x87F00000
-                        g = g * 1152921504606846976.0  # 2^60, and again below: away from float32's subnormals
-                    acc += f * g[None, :]
-            if KIND == "int8":
-                d = tl.sum(acc * 32768.0 - excess[None, :] * (32768.0 + 128.0), 1)
-            else:
-                d = tl.sum(acc, 1) * 1152921504606846976.0
-            d = d * tl.load(scale + rows)
-        if norm is not None:
-            d = d * tl.rsqrt(tl.sum(squares) / K + eps)
-        if bias is not None:
-            d += tl.load(bias + rows).to(tl.float32)
-        if ACTIVATION:
-            gate, up = tl.split(tl.reshape(d, [BN, 2]))
-            if ACTIVATION == "silu":
-                gate = gate / (1 + tl.exp(-gate))
-            elif ACTIVATION == "gelu_tanh":
-                e = tl.exp(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))  # 2 sqrt(2 / pi)
-                gate = gate * (1 - 1 / (e + 1))
-            else:
-                gate = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-            d = gate * up
-        if residual is not None:
-            d += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
-        tl.store(y + n, d.to(y.dtype.element_ty), mask=n < N)
+                p = (byte_at(q, 0, KIND) - BIAS) * g0[None, :] + (byte_at(q, 1, KIND) - BIAS) * g1[None, :]
+                p += (byte_at(q, 2, KIND) - BIAS) * g2[None, :] + (byte_at(q, 3, KIND) - BIAS) * g3[None, :]
+                d = tl.sum(p - excess, 1) * tl.load(scale + rows)
+                if KIND == "fp8":
+                    d *= 1152921504606846976.0
+            if bias is not None:
+                d += tl.load(bias + rows).to(tl.float32)
+            if ACTIVATION != "":
+                gate, up = tl.split(tl.reshape(d, [BN, 2]))
+                if ACTIVATION == "silu":
+                    gate = gate / (1 + tl.exp(-gate))
+                elif ACTIVATION == "gelu_tanh":
+                    e = tl.exp(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))  # 2 sqrt(2 / pi)
+                    gate = gate * (1 - 1 / (e + 1))
+                else:
+                    gate = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+                d = gate * up
+            if residual is not None:
+                d += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
+            tl.store(y + n, d.to(y.dtype.element_ty), mask=n < N)
 
     @triton.jit
     def small(
@@ -563,6 +574,7 @@ def _triton() -> SimpleNamespace:
                         acc = acc * fade[:, None] + a * gain[:, None]
                         top = new
                     tl.store(out, (acc / total[:, None]).to(y.dtype.element_ty), mask=mg)
+                    tl.store(count + b * K + kv, 0)
 
     library = torch.library.Library("hotloop", "FRAGMENT")
     library.define(

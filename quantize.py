@@ -105,7 +105,7 @@ class Int8Linear(QuantLinear):
         return weight.float() * scale[..., None]
 
     def matmul(self, x):
-        if kernels.use_triton(x):
+        if kernels.use_triton(x) or x.dtype == torch.float16:  # which the C++ kernels do not know
             return kernels.linear(x, self.weight, self.scale)
         return kernels_cpu.linear_int8(x, self.weight, self.scale)
 
@@ -135,7 +135,7 @@ class Fp8Linear(QuantLinear):
 class Int4Linear(QuantLinear):
     """weight uint8 [out, in / 2], scale and zero float16 [out, in / groupsize]: W = (nibble - zero) * scale.
 
-    method: "rtn" or "hqq", what `quantize` does; with "gptq" the stored tensors are made elsewhere.
+    method: "rtn" or "hqq", what `quantize` does; with "gptq" the stored tensors are made by `calibrate`.
     """
 
     def __init__(self, in_features, out_features, bias=False, n_experts=0, groupsize: int = 64, method: str = "rtn"):
@@ -154,6 +154,8 @@ class Int4Linear(QuantLinear):
         """float32 [out, in] -> stored tensors."""
         import gptq
 
+        if self.method == "gptq":
+            raise ValueError("gptq needs calibration text: use quantize.py, and load what it writes")
         q, scale, zero = (gptq.hqq if self.method == "hqq" else gptq.rtn)(weight, self.groupsize)
         return {"weight": pack_nibbles(q), "scale": scale, "zero": zero}
 
@@ -187,9 +189,9 @@ class Int4Linear(QuantLinear):
 
     def matmul(self, x):
         if self.weight is None:
-            if x.is_cpu:
+            if x.is_cpu and x.dtype != torch.float16:
                 return kernels_cpu.linear_int4(x, self.packed, self.packed_scales, self.groupsize)
-            return kernels.linear(x, **self.canonical())  # moved to a GPU after loading
+            return kernels.linear(x, **self.canonical())  # moved to a GPU after loading, or float16 on a CPU
         return kernels.linear(x, self.weight, self.scale, self.zero)
 
 
@@ -214,7 +216,8 @@ def make_recipe(mode: str, groupsize: int | None = None, method: str | None = No
         raise ValueError(f"quantization mode {mode!r} is not known; known: {', '.join(MODES)}")
     recipe = {"mode": mode, "skip": ["output" if s == "lm_head" else s for s in skip]}
     if mode == "int4":
-        recipe |= {"groupsize": groupsize or 64, "method": method or "rtn", "groupsizes": {}}
+        groupsize = 64 if groupsize is None else groupsize  # 0 is an error
+        recipe |= {"groupsize": groupsize, "method": method or "rtn", "groupsizes": {}}
     elif groupsize is not None or method not in (None, "rtn"):
         what = f"groupsize {groupsize}" if groupsize is not None else f"method {method}"
         raise ValueError(f"{what} does not apply to {mode}: it has one scale an output channel, by rounding")
@@ -224,8 +227,9 @@ def make_recipe(mode: str, groupsize: int | None = None, method: str | None = No
 
 def check_recipe(recipe: dict) -> None:
     """ValueError where a recipe, say of a newer version's checkpoint, is not understood in full."""
-    if recipe.get("mode") not in MODES:
-        raise ValueError(f"quantization mode {recipe.get('mode')!r} is not known; known: {', '.join(MODES)}")
+    if not isinstance(recipe, dict) or recipe.get("mode") not in MODES:
+        mode = recipe.get("mode") if isinstance(recipe, dict) else recipe
+        raise ValueError(f"quantization mode {mode!r} is not known; known: {', '.join(MODES)}")
     for field in recipe.keys() - RECIPE_FIELDS:
         raise ValueError(f"quantization field {field!r} is not known to this version of hotloop; upgrade it")
     if recipe["mode"] == "int4":
@@ -233,6 +237,11 @@ def check_recipe(recipe: dict) -> None:
             raise ValueError(f"groupsize {recipe.get('groupsize')} is not supported; known: {GROUPSIZES}")
         if recipe.get("method") not in METHODS:
             raise ValueError(f"quantization method {recipe.get('method')!r} is not known; known: {', '.join(METHODS)}")
+    skip, groupsizes = recipe.get("skip", []), recipe.get("groupsizes", {})
+    if not isinstance(skip, list) or not all(isinstance(part, str) and part for part in skip):
+        raise ValueError(f"quantization skip {skip!r}: a list of parts of module names is expected")
+    if not isinstance(groupsizes, dict) or any(g not in GROUPSIZES for g in groupsizes.values()):
+        raise ValueError(f"quantization groupsizes {groupsizes!r}: linears with one of {GROUPSIZES} are expected")
 
 
 def swap_linears(model: nn.Module, recipe: dict) -> dict[str, QuantLinear]:
@@ -240,21 +249,24 @@ def swap_linears(model: nn.Module, recipe: dict) -> dict[str, QuantLinear]:
 
     Routers stay (tiny, and their error changes which experts run), and so does what the recipe skips. Where an int4
     group does not divide in_features, the largest smaller one that does is used and recorded in
-    recipe["groupsizes"][name]; ValueError where not even 32 does. Returns the new modules by name.
+    recipe["groupsizes"][name]; what is recorded there already is obeyed. ValueError where not even 32 divides, or where
+    the recipe skips what no linear is called. Returns the new modules by name.
     """
     check_recipe(recipe)
-    swapped = {}
+    swapped, unused = {}, set(recipe.get("skip", ()))
     for name, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
         stack = isinstance(weight, nn.Parameter) and weight.ndim == 3
         if not (isinstance(module, nn.Linear) or stack) or name.endswith("router"):
             continue
-        if any(part in name for part in recipe.get("skip", ())):
+        if skipping := {part for part in recipe.get("skip", ()) if part in name}:
+            unused -= skipping
             continue
         K, N = module.in_features, module.out_features
         more = {}
         if recipe["mode"] == "int4":
-            groupsize = next((g for g in reversed(GROUPSIZES) if g <= recipe["groupsize"] and K % g == 0), None)
+            limit = recipe.get("groupsizes", {}).get(name, recipe["groupsize"])
+            groupsize = next((g for g in reversed(GROUPSIZES) if g <= limit and K % g == 0), None)
             if groupsize is None:
                 raise ValueError(
                     f"{name}: in_features {K} is not a multiple of {GROUPSIZES[0]}, the smallest int4 group; "
@@ -269,6 +281,9 @@ def swap_linears(model: nn.Module, recipe: dict) -> dict[str, QuantLinear]:
             swapped[name] = kind(K, N, bias, module.n_experts if stack else 0, **more)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, swapped[name])
+    if unused:
+        known = sorted({part for name in swapped for part in name.split(".") if not part.isdigit()})
+        raise ValueError(f"--skip {min(unused)}: no linear is called so; parts of names: {', '.join(known)}")
     return swapped
 
 
@@ -333,6 +348,8 @@ def calibrate(args, tensors: Iterable[tuple[str, Tensor]], linears: dict[str, Qu
         if not name.startswith("layers."):
             rest = (name, tensor)
             break
+        if not name.startswith(prefix):
+            raise ValueError(f"tensors of layer {layer_index} are missing: {name} comes after {', '.join(waiting)}")
         waiting[name.removeprefix(prefix)] = tensor.to(device)
         layer = model.layers[layer_index]
         if len(waiting) < len(layer.state_dict()):
@@ -412,6 +429,9 @@ def read_calibration(file: str | Path, directory: Path, samples: int, length: in
     """`samples` sequences of `length` tokens from a text file, documents joined in order -> int64 [samples, length]."""
     from tokenizer import Tokenizer
 
+    for flag, value in (("samples", samples), ("length", length)):
+        if value < 1:
+            raise ValueError(f"--calibration_{flag} {value}: it must be at least 1")
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -427,6 +447,17 @@ def read_calibration(file: str | Path, directory: Path, samples: int, length: in
     return torch.tensor(ids[: samples * length]).view(samples, length)
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; None: CUDA where there is one. ValueError where it is not available."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if name.partition(":")[0] not in ("cuda", "cpu"):
+            raise ValueError(f"--device {name}: not known; known: cuda, cuda:N, cpu")
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # a build without CUDA asserts
+        raise ValueError(f"--device {name}: not available on this machine") from None
+
+
 def main(checkpoint_path: str, mode: str, groupsize: int | None, method: str | None, out_dir: str, skip: list[str],
          calibration_text: str | None, calibration_samples: int, calibration_length: int, no_act_order: bool,
          device: str | None, overwrite: bool, json_line: bool) -> None:  # fmt: skip
@@ -435,7 +466,7 @@ def main(checkpoint_path: str, mode: str, groupsize: int | None, method: str | N
     from model import Transformer
 
     begin = time.perf_counter()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(device)
     recipe = make_recipe(mode, groupsize, method, skip)
     out = check_out_dir(out_dir, overwrite)
     directory = resolve(checkpoint_path)
@@ -443,11 +474,17 @@ def main(checkpoint_path: str, mode: str, groupsize: int | None, method: str | N
     if existing is not None:
         raise ValueError(f"{directory}: is quantized already ({existing['mode']}); start from the original checkpoint")
     with torch.device("meta"):
-        linears = swap_linears(Transformer(args), recipe)
+        model = Transformer(args)
+    linears = swap_linears(model, recipe)
+    missing = {k: v.shape for k, v in model.state_dict().items()}
+    if args.tie_embeddings and "output" not in linears:
+        del missing["output.weight"]
     if recipe.get("method") == "gptq":
         if calibration_text is None:
             raise ValueError("--method gptq learns from text: give --calibration_text FILE")
         tokens = read_calibration(calibration_text, directory, calibration_samples, calibration_length)
+        if int(tokens.max()) >= args.vocab_size:
+            raise ValueError(f"{directory}: the tokenizer has ids beyond the model's vocabulary of {args.vocab_size}")
         stored = calibrate(args, tensors, linears, tokens, device, not no_act_order)
     else:
         stored = (
@@ -459,12 +496,16 @@ def main(checkpoint_path: str, mode: str, groupsize: int | None, method: str | N
 
     def counted() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in stored:
+            if missing.pop(name, None) != tensor.shape:
+                raise ValueError(f"{directory}: tensor {name} {list(tensor.shape)} is not part of this architecture")
             written["bytes"] += tensor.nbytes
             if sys.stderr.isatty():
                 print(f"\r\033[K{name}  {written['bytes'] / 1e6:,.0f} MB", end="", file=sys.stderr, flush=True)
             yield name, tensor
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if missing:
+            raise ValueError(f"{directory}: {len(missing)} tensors are missing, the first is {min(missing)}")
 
     write_checkpoint(out, counted(), META, metadata(args, directory, recipe), directory, overwrite)
     figures = {

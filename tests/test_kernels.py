@@ -1,0 +1,140 @@
+"""Each kernel against its plain PyTorch reference: on a GPU where there is one, else under Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, for the whole process, so on a CPU these tests run in a second
+pytest of their own, started by the first test below.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kernels
+import model as m
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+if not (INTERPRETED or GPU):
+
+    def test_kernels_under_the_interpreter():
+        pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs the kernels on a CPU")
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", __file__], env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0 and "passed" in run.stdout, run.stdout[-3000:] + run.stderr[-2000:]
+
+    @pytest.mark.gpu
+    def test_kernels_on_a_gpu():
+        pytest.skip("needs a CUDA GPU: the kernels were tested under Triton's interpreter instead")
+
+    def test_without_triton_the_reference_runs():
+        x, w = torch.randn(2, 64), torch.randn(8, 64)
+        assert not kernels.use_triton(x)
+        torch.testing.assert_close(kernels.linear(x, w), x @ w.T)
+        assert kernels.read_sum(torch.ones(1000)).sum() == 1000
+
+else:
+
+    def stored(kind: str, N: int, K: int, group: int):
+        """Random (weight, scale, zero) of a kind."""
+        if kind == "float":
+            return torch.randn(N, K, device=DEVICE), None, None
+        if kind == "int8":
+            return torch.randint(-127, 128, (N, K), dtype=torch.int8, device=DEVICE), torch.rand(N, device=DEVICE), None
+        if kind == "fp8":
+            return torch.randn(N, K, device=DEVICE).to(torch.float8_e4m3fn), torch.rand(N, device=DEVICE), None
+        q = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=DEVICE)
+        grid = (N, K // group)
+        return q, torch.rand(grid, device=DEVICE).half(), (15 * torch.rand(grid, device=DEVICE)).half()
+
+    def relative(a, b):
+        return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+    KINDS = [("float", 0), ("int8", 0), ("fp8", 0), ("int4", 32), ("int4", 64), ("int4", 128)]
+
+    @pytest.fixture(autouse=True)
+    def seed():
+        torch.manual_seed(0)
+
+    @pytest.mark.parametrize("kind, group", KINDS)
+    @pytest.mark.parametrize("M", [1, 2, 3, 8, 16])
+    def test_linear_of_few_rows(kind, group, M):
+        x, w = torch.randn(M, 384, device=DEVICE), stored(kind, 37, 384, group)
+        expected = kernels.linear_reference(x.double(), kernels.dequantize(*w).double())
+        assert relative(kernels.linear(x, *w), expected) < 2e-6
+
+    @pytest.mark.parametrize("kind, group", KINDS[:4])
+    @pytest.mark.parametrize("activation", ["", "silu", "gelu", "gelu_tanh"])
+    def test_one_row_with_everything_around_it(kind, group, activation):
+        kernels._triton()
+        N, K = 26, 384
+        x, w = torch.randn(1, 1, K, device=DEVICE) + 0.5, stored(kind, N, K, group)
+        bias, norm = torch.randn(N, device=DEVICE), torch.rand(K, device=DEVICE)
+        residual = torch.randn(1, 1, N // 2 if activation else N, device=DEVICE)
+        around = (bias, norm, residual, 1e-5, 1.0, activation)
+        expected = kernels.linear_reference(x, kernels.dequantize(*w), None, None, *around)
+        assert relative(torch.ops.hotloop.linear(x, *w, *around), expected) < 5e-6
+        assert relative(kernels.linear_reference(x, *w, *around), expected) < 5e-6
+
+    def test_large_rows_use_the_reference(monkeypatch):
+        monkeypatch.setattr(kernels, "_linear", None)
+        w = stored("int8", 8, 64, 0)
+        x = torch.randn(17, 64, device=DEVICE)
+        torch.testing.assert_close(kernels.linear(x, *w), kernels.linear_reference(x, *w))
+
+    def test_read_sum():
+        x = torch.ones(100_001, device=DEVICE)
+        assert kernels.read_sum(x).sum().item() == 100_001
+
+    FAMILIES = [{}, dict(qk_norm=True), dict(sliding_window=20), dict(attn_softcap=5.0), dict(n_heads=7, n_kv_heads=1)]
+
+    @pytest.mark.parametrize("family", FAMILIES, ids=str)
+    @pytest.mark.parametrize("length", [1, 15, 16, 17, 100, 256])
+    def test_attend(family, length, monkeypatch):
+        monkeypatch.setattr(kernels, "ATTEND_BLOCK", 16)  # several splits at these lengths
+        size = dict(dim=128, n_layers=1, n_heads=8, n_kv_heads=2, head_dim=64, hidden_dim=64, vocab_size=9)
+        args = m.ModelArgs(**{**size, "max_seq_len": 256, **family})
+        plain = m.Attention(args, 0).to(DEVICE)
+        for norm in filter(None, (plain.q_norm, plain.k_norm)):
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+        plain.cache = m.KVCache((2, args.n_kv_heads, 320, 64), torch.float32, DEVICE)
+        plain.cache.k.normal_()
+        plain.cache.v.normal_()
+        kernels._triton()
+        # two rows at different positions
+        pos = torch.tensor([[length - 1], [length // 2]], device=DEVICE)
+        rope = m.RoPE(args).to(DEVICE)(pos)
+        qkv = torch.randn(2, 1, (args.n_heads + 2 * args.n_kv_heads) * 64, device=DEVICE)
+        k, v = plain.cache.k.clone(), plain.cache.v.clone()
+        with torch.no_grad():
+            expected = plain(qkv, rope, pos, torch.arange(256, device=DEVICE))
+            written = plain.cache.k.clone(), plain.cache.v.clone()
+            plain.cache.k.copy_(k)
+            plain.cache.v.copy_(v)
+            fused = kernels.FusedAttention(plain, DEVICE)
+            assert relative(fused(qkv, rope, pos, torch.arange(256, device=DEVICE)), expected) < 2e-6
+        torch.testing.assert_close(fused.cache.k, written[0], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(fused.cache.v, written[1], atol=0, rtol=0)
+        assert not fused.count.any()  # ready for the next call
+
+    def test_fused_model_equals_the_plain_one():
+        args = m.ModelArgs(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=256, vocab_size=99,
+                           max_seq_len=64, qkv_bias=True)  # fmt: skip
+        plain, fused = (m.Transformer(args).to(DEVICE).eval().requires_grad_(False) for _ in range(2))
+        fused.load_state_dict(plain.state_dict())
+        names = list(fused.state_dict())
+        kernels.fuse(fused)
+        assert list(fused.state_dict()) == names
+        for batch in (1, 3):
+            plain.setup_caches(batch, 40)
+            fused.setup_caches(batch, 40)
+            tokens = torch.randint(0, 99, (batch, 20), device=DEVICE)
+            pos = torch.arange(20, device=DEVICE).expand(batch, -1)
+            for a, b in [(0, 17), (17, 18), (18, 19), (19, 20)]:
+                expected = plain(tokens[:, a:b], pos[:, a:b])
+                assert relative(fused(tokens[:, a:b], pos[:, a:b]), expected) < 5e-6
