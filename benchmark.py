@@ -9,6 +9,7 @@ commit, device and versions, to benchmarks/results.jsonl, from which `--readme` 
 """
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import json
@@ -17,6 +18,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import build_model, load_model
+import eval
+import quantize
+from checkpoint import build_model, load_model, resolve
 from generate import (
     CACHE_DIR,
     Sampler,
@@ -40,7 +44,13 @@ from generate import (
 )
 from kernels import read_sum
 from model import ModelArgs, Transformer
+from tokenizer import Tokenizer
 
+# What the README's table of perplexities compares: (mode, groupsize, method).
+RECIPES = [("int8", None, None), ("fp8", None, None)] + [
+    ("int4", groupsize, method) for groupsize in (128, 64, 32) for method in ("rtn", "hqq", "gptq")
+]
+DEMO = Path(__file__).parent / "demo"
 RESULTS = Path(__file__).parent / "benchmarks" / "results.jsonl"
 README = Path(__file__).parent / "README.md"
 LLAMA3_ROPE = {
@@ -245,6 +255,33 @@ def perplexity_table(rows: list[dict]) -> str:
     return table(header, lines) if lines else ""
 
 
+def measure_perplexities(checkpoint_path: str, device: torch.device) -> Iterator[dict]:
+    """Perplexity of a checkpoint on the bundled held-out text, in bf16 and by each of RECIPES; a row each.
+
+    Each recipe is written by quantize.py as a user would, in a temporary directory, and loaded from there.
+    """
+    tokenizer = Tokenizer(resolve(checkpoint_path))
+    documents, _, _ = eval.read_documents(DEMO / "heldout.txt", tokenizer, None)
+    for mode, groupsize, method in [("bf16", None, None), *RECIPES]:
+        with tempfile.TemporaryDirectory() as folder:
+            directory = checkpoint_path
+            if mode != "bf16":
+                directory = f"{folder}/quantized"
+                command = ["--checkpoint_path", str(checkpoint_path), "--mode", mode, "--out_dir", directory,
+                           "--device", str(device)]  # fmt: skip
+                command += ["--groupsize", str(groupsize)] if groupsize else []
+                command += ["--method", method] if method else []
+                command += ["--calibration_text", str(DEMO / "calibration.txt")] if method == "gptq" else []
+                with contextlib.redirect_stdout(None):
+                    quantize.main(**vars(quantize.parser().parse_args(command)))
+            model = load_model(directory, device, torch.bfloat16)
+            figures = eval.perplexity(model, documents, window=2048, stride=1024)
+            size = sum(f.stat().st_size for f in resolve(directory).glob("*.safetensors")) / 1e6
+        yield {"kind": "perplexity", "model": Path(checkpoint_path).name, "mode": mode, "method": method,
+               "groupsize": groupsize, "size_mb": size, "perplexity": figures["perplexity"],
+               "tokens": figures["tokens"], **circumstances(device)}  # fmt: skip
+
+
 TABLES = {"decode": decode_table, "perplexity": perplexity_table}
 
 
@@ -274,6 +311,7 @@ def main(
     top_k: int | None,
     no_compile: bool,
     runs: int,
+    perplexity: bool,
     record_row: bool,
     readme: bool,
     json_line: bool,
@@ -282,6 +320,13 @@ def main(
         README.write_text(fill_tables(README.read_text(), read_rows()))
         return
     device, dtype = pick_device(device), pick_dtype(dtype)
+    if perplexity:
+        for row in measure_perplexities(checkpoint_path or DEMO, device):
+            print(f"{row['mode']:<6}{row['method'] or '':<6}{row['groupsize'] or '':<5}{row['size_mb']:>8.2f} MB"
+                  f"{row['perplexity']:>10.4f}", flush=True)  # fmt: skip
+            if record_row:
+                record(row)
+        return
     peak = read_bandwidth(device)
     print(f"{device_name(device)}: reads {peak:,.0f} GB/s (measured), torch {torch.__version__}")
     print(f"{'model':<16}{'mode':>9}{'batch':>6}{'GB':>8}{'tok/s':>9}{'step ms':>9}{'of peak':>9}{'first ms':>10}"
@@ -339,6 +384,7 @@ def parser() -> argparse.ArgumentParser:
     a("--top_k", type=int, default=200, metavar="K", help="keep the K likeliest tokens")
     a("--no_compile", action="store_true", help="measure the eager model")
     a("--runs", type=int, default=5, metavar="N", help="timed runs, of which the median counts")
+    a("--perplexity", action="store_true", help="instead: perplexity of --checkpoint_path or demo/ by each recipe")
     a("--record", action="store_true", dest="record_row", help=f"append the rows to {RESULTS.name}")
     a("--readme", action="store_true", help=f"measure nothing: make the tables of {README.name} from {RESULTS.name}")
     a("--json", action="store_true", dest="json_line", help="last line of stdout: one JSON object with all figures")

@@ -105,8 +105,10 @@ class Int8Linear(QuantLinear):
         return weight.float() * scale[..., None]
 
     def matmul(self, x):
-        if kernels.use_triton(x) or x.dtype == torch.float16:  # which the C++ kernels do not know
+        if kernels.use_triton(x):
             return kernels.linear(x, self.weight, self.scale)
+        if x.dtype == torch.float16:  # which the C++ does not know
+            return super().matmul(x)
         return kernels_cpu.linear_int8(x, self.weight, self.scale)
 
 
@@ -129,6 +131,8 @@ class Fp8Linear(QuantLinear):
         return weight.float() * scale[..., None]
 
     def matmul(self, x):
+        if x.dtype == torch.float16 and not kernels.use_triton(x):  # sums of up to 448 times x can leave its range
+            return super().matmul(x)
         return kernels.linear(x, self.weight, self.scale)
 
 

@@ -157,6 +157,18 @@ def build(pins, wheels, pool):
     return train, valid, held_out, stats
 
 
+def calibration_text(size=400_000):
+    """Return whole files of the standard library, drawn by the hash of their paths, none held out and no tests."""
+    files = [(path, data) for path, data in stdlib_files() if path not in HELD_OUT and "test" not in path]
+    texts, total = [], 0
+    for item in sorted(files, key=lambda item: path_hash("calibration/" + item[0])):
+        text = clean(item)
+        if text and total < size:
+            texts.append(strip_licence(text))
+            total += len(text)
+    return SEPARATOR.join(texts)
+
+
 def compress(job):
     """Write text as .xz; return (name, sha256 of the text)."""
     path, text = job
@@ -206,6 +218,7 @@ def main(out_dir, wheels, demo, tokenizer_mb):
         (out_dir / f"{name}.txt").write_text(joined[name], encoding="utf-8", newline="\n")
     if demo:
         shutil.copyfile(out_dir / "heldout.txt", DEMO / "heldout.txt")
+        (DEMO / "calibration.txt").write_text(calibration_text(), encoding="utf-8", newline="\n")
         train_tokenizer(train, tokenizer_mb)
     step = -(-len(train) // PARTS)
     parts = [SEPARATOR.join(text for _, text in train[i:i + step]) for i in range(0, len(train), step)]
