@@ -93,9 +93,8 @@ def gptq(
     u = _inverse_factor(h)
     importance = h.diagonal(dim1=-2, dim2=-1)  # of an error in that column, other errors aside
 
-    w = w.mT.contiguous()  # [..., in, out]: a column of the weight is contiguous
-    q = torch.empty_like(w, dtype=torch.uint8)
-    scales, zeros = [], []
+    w = w.mT.clone(memory_format=torch.contiguous_format)  # [..., in, out]: a column of the weight is contiguous
+    q, grids = torch.empty_like(w, dtype=torch.uint8), []
     block = groupsize * max(1, 128 // groupsize)
     for start in range(0, n, block):
         stop = min(start + block, n)
@@ -104,19 +103,16 @@ def gptq(
         for i in range(stop - start):
             if i % groupsize == 0:  # the group's grid suits its weights as the updates so far have left them
                 group = slice(start + i, start + i + groupsize)
-                scale, zero = _search(w[..., group, :].mT, importance[..., None, group])
-                scales.append(scale)
-                zeros.append(zero)
-                scale, zero = scale[..., 0], zero[..., 0]
+                grids.append(_search(w[..., group, :].mT, importance[..., None, group]))
+                scale, zero = (x[..., 0] for x in grids[-1])
             column = b[..., i, :]
-            qi = _quantize(column, scale, zero)
-            q[..., start + i, :] = qi
-            errors[..., i, :] = error = (column - (qi - zero) * scale) / ub[..., i, i, None]
+            q[..., start + i, :] = level = _quantize(column, scale, zero)
+            errors[..., i, :] = error = (column - (level - zero) * scale) / ub[..., i, i, None]
             b[..., i + 1 :, :].addcmul_(ub[..., i, i + 1 :, None], error[..., None, :], value=-1)
         # The columns behind the block are updated once a block: one large product instead of many thin ones.
         w[..., stop:, :] -= u[..., start:stop, stop:].mT @ errors
 
-    q, scale, zero = q.mT, torch.cat(scales, -1), torch.cat(zeros, -1)
+    q, (scale, zero) = q.mT, (torch.cat(x, -1) for x in zip(*grids, strict=True))
     if act_order:
         back = outside.argsort(-1)[..., None, :]
         scale, zero = scale.take_along_dim(back, -1), zero.take_along_dim(back, -1)
@@ -146,10 +142,9 @@ def _groups(weight: Tensor, groupsize: int) -> Tensor:
     n = weight.shape[-1]
     if groupsize < 1 or n % groupsize:
         raise ValueError(f"groupsize {groupsize} does not divide in_features {n}; choose a divisor of {n}")
-    limit = 65504.0 * LEVELS  # of the range of a group
-    size = weight.detach().abs().amax().item() if weight.numel() else 0.0
-    if not size < limit / 2:  # NaN too
-        raise ValueError(f"the largest weight is {size}; 4-bit groups need finite weights below {limit / 2:.0f}")
+    size, limit = weight.detach().abs().amax().item(), 65504 * LEVELS // 2  # scales are float16
+    if not size < limit:  # NaN too
+        raise ValueError(f"the largest weight is {size}; 4-bit groups need finite weights below {limit}")
     return weight.detach().float().unflatten(-1, (-1, groupsize))
 
 
@@ -186,7 +181,7 @@ def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.where(second, y, x) for x, y in zip(a, b, strict=True))
 
 
-def _search(groups: Tensor, importance: Tensor, steps: int = 8, refine: int = 2) -> tuple[Tensor, Tensor]:
+def _search(groups: Tensor, importance: Tensor, steps: int = 8, refine: int = 3) -> tuple[Tensor, Tensor]:
     """The scale and zero with the least sum of importance * error^2, near enough.
 
     From several shares of the group's span at once (dimension 0: few launches on a GPU), alternates rounding and the

@@ -240,22 +240,26 @@ struct Int4 {
 
   template <int R, int M>
   void tile(const int64_t* n, const Activations& a, int64_t m0, float* out) const {
+    const uint8_t* from[R];
+    const uint32_t* group[R];
+    for (int r = 0; r < R; r++) from[r] = w + n[r] * row_bytes(), group[r] = scales + n[r] * groups;
+    const Line *x = a.x + m0 * a.lines, *sums = a.sums.data() + m0 * blocks;
+    const int64_t ahead = R * row_bytes(), end = blocks;  // locals: the compiler keeps them in registers
+    const int log2 = shift, step = 16 >> log2;
     Floats acc[R][M] = {};
-    for (int64_t b = 0; b < blocks; b++) {
+    for (int64_t b = 0; b < end; b++, x += 8 * M, sums += M) {
       Floats part[R][M], scale[R];
-      for (int r = 0; r < R; r++) {
-        Words s = spread(scales + n[r] * groups + (b * 16 >> shift), shift);
+      for (int r = 0; r < R; r++, group[r - 1] += step) {
+        const Words s = spread(group[r], log2);
         scale[r] = high_fp16(s);
         for (int m = 0; m < M; m++)  // the sum of (q - zero) * x begins with -zero * sum of x
-          part[r][m] = high_fp16(s << 16) * load<Floats>(&a.sums[m0 * blocks + b * M + m]);
+          part[r][m] = high_fp16(s << 16) * load<Floats>(sums + m);
       }
-      const Line* x = a.x + m0 * a.lines + b * 8 * M;
       for (int l = 0; l < 2; l++) {
         Words q[R];
-        for (int r = 0; r < R; r++) {
-          const uint8_t* p = w + n[r] * row_bytes() + b * 128 + l * 64;
-          prefetch(p + R * row_bytes());
-          q[r] = load<Words>(p);
+        for (int r = 0; r < R; r++, from[r - 1] += 64) {
+          prefetch(from[r] + ahead);
+          q[r] = load<Words>(from[r]);
         }
         for (int k = 0; k < 4; k++) {
           Words wr[R];

@@ -389,6 +389,8 @@ def calibrate(args, tensors: Iterable[tuple[str, Tensor]], linears: dict[str, Qu
             head = tensor
         else:
             yield name, tensor
+    if model.norm.weight.is_meta:
+        raise ValueError("1 tensor is missing: norm.weight")
     if "output" in linears:
         hessian = torch.zeros(args.dim, args.dim, device=device)
         for x in h.split(rows):

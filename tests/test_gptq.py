@@ -49,6 +49,15 @@ def test_shapes_and_dtypes(method, shape, dtype):
 
 
 @every_method
+def test_the_weight_is_left_alone_in_any_layout(method):
+    for weight in (torch.randn(1, 64), torch.randn(64, 8).T, torch.randn(1, 64, 8).mT):
+        before = weight.clone()
+        q, scale, zero = method(weight, 32)
+        assert q.shape == weight.shape and torch.equal(weight, before)
+        assert all(torch.equal(a, b) for a, b in zip(method(before, 32), (q, scale, zero), strict=True))
+
+
+@every_method
 def test_a_representable_weight_is_exact(method):
     q = torch.randint(0, 16, (16, 128), dtype=torch.uint8)
     q[:, ::32], q[:, 1::32] = 0, 15  # each group uses its whole range
