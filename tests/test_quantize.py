@@ -158,7 +158,7 @@ def test_float16(mode, groupsize, M, cpp):
     x = torch.randn(M, 384).half()
     close(linear(x), x, plain)
     x = torch.full((M, 384), 100.0).half()  # times 448 or 127 their sums leave float16's range
-    torch.testing.assert_close(linear(x).float(), plain(x.float()), rtol=1e-2, atol=5)
+    torch.testing.assert_close(linear(x).float(), plain.float()(x.float()), rtol=1e-2, atol=5)
 
 
 @pytest.mark.parametrize("mode, groupsize", [("int8", None), ("fp8", None), ("int4", 64)])
@@ -566,7 +566,7 @@ def test_perplexity():
     found = {}
     for name in ("float", "int8", "fp8"):
         model = load_model(DEMO, dtype=torch.float32, quant=None if name == "float" else make_recipe(name))
-        found[name] = evaluation.perplexity(model, documents, 1024, 768)["perplexity"]
+        found[name] = evaluation.perplexity(model, documents, 1024, 1000)["perplexity"]
     assert 1 < found["float"] < 20, found
     for name in ("int8", "fp8"):
         assert found[name] != found["float"] and abs(found[name] / found["float"] - 1) < 0.01, found
