@@ -27,9 +27,22 @@ from torch import Tensor, nn
 SMALL_M = 16  # rows up to which weights are streamed once; beyond, matrix products are bound by arithmetic
 
 
-@functools.cache
+_found_triton: bool | None = None  # not functools.cache, which torch.compile would look through
+
+
 def have_triton() -> bool:
     """Whether kernels can run here: Triton is installed, and there is a GPU that it knows, or its interpreter."""
+    global _found_triton
+    if _found_triton is None:
+        _found_triton = _find_triton()
+    return _found_triton
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself imports torch._dynamo, a second of every start.
+have_triton._dynamo_marked_constant = True
+
+
+def _find_triton() -> bool:
     if os.environ.get("TRITON_INTERPRET") != "1":
         if not torch.cuda.is_available():
             return False
@@ -42,10 +55,6 @@ def have_triton() -> bool:
         print("kernels: Triton is not installed, plain PyTorch runs instead", file=sys.stderr)
         return False
     return True
-
-
-# What torch.compiler.assume_constant_result sets; the decorator itself imports torch._dynamo, a second of every start.
-have_triton._dynamo_marked_constant = True
 
 
 def use_triton(x: Tensor) -> bool:

@@ -28,6 +28,7 @@ MODES = ("int8", "int4", "fp8")
 METHODS = ("rtn", "hqq", "gptq")
 GROUPSIZES = (32, 64, 128)
 RECIPE_FIELDS = {"mode", "groupsize", "method", "skip", "groupsizes"}
+QUANTIZE_AT_ONCE = 1 << 24  # weights: rows are independent, and float32 copies of a whole head are gigabytes
 FP8 = torch.float8_e4m3fn
 
 
@@ -55,10 +56,12 @@ class QuantLinear(nn.Module):
         """Float weight [(E,) out, in] -> the stored tensors. ValueError where a weight is NaN or infinite."""
         if not bool(weight.isfinite().all()):
             raise ValueError("holds NaN or infinite values and cannot be quantized")
-        if self.n_experts:  # one by one: the float32 copies of all experts would be the largest thing in memory
-            parts = [self.quantize_matrix(w.float()) for w in weight]
-            return {k: torch.stack([p[k] for p in parts]) for k in parts[0]}
-        return self.quantize_matrix(weight.float())
+        rows = max(1, QUANTIZE_AT_ONCE // self.in_features)
+        matrices = []
+        for matrix in weight if self.n_experts else [weight]:
+            parts = [self.quantize_matrix(part.float()) for part in matrix.split(rows)]
+            matrices.append({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
+        return {k: torch.stack([m[k] for m in matrices]) for k in matrices[0]} if self.n_experts else matrices[0]
 
     def dequantize(self) -> Tensor:
         """The weight that the stored tensors stand for: float32 [(E,) out, in]."""
