@@ -319,7 +319,7 @@ def main(
     if readme:
         README.write_text(fill_tables(README.read_text(), read_rows()))
         return
-    device, dtype = pick_device(device), pick_dtype(dtype)
+    device, dtype_name, dtype = pick_device(device), dtype, pick_dtype(dtype)
     if perplexity:
         for row in measure_perplexities(checkpoint_path or DEMO, device):
             print(f"{row['mode']:<6}{row['method'] or '':<6}{row['groupsize'] or '':<5}{row['size_mb']:>8.2f} MB"
@@ -341,7 +341,7 @@ def main(
             model = build_model(SHAPES[name], random_weights(SHAPES[name], device, dtype), device, dtype, recipe)
         synchronize(device)
         load_s = time.perf_counter() - begin
-        kind = f"int4 g{recipe['groupsize']}" if mode == "int4" else str(dtype)[6:] if recipe is None else mode
+        kind = f"int4 g{recipe['groupsize']}" if mode == "int4" else dtype_name if recipe is None else mode
         row = {"model": name, "mode": kind, "batch": batch, "prompt_tokens": prompt_tokens,
                "new_tokens": new_tokens, "load_s": load_s,
                **measure(model, prompt_tokens, new_tokens, batch, temperature, top_k, not no_compile, runs),
