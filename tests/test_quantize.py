@@ -343,6 +343,10 @@ def test_model_equals_the_dequantized_model(tiny, mode, groupsize, changes, cpp)
     quant = build_model(model.args, model.state_dict().items(), quant=make_recipe(mode, groupsize))
     plain = dequantized(quant)
     assert isinstance(quant.output, QuantLinear) and isinstance(quant.tok_embeddings, nn.Embedding)
+    for name, linear in quant.named_modules():
+        if isinstance(linear, QuantLinear):
+            stored = linear.quantize(model.state_dict()[f"{name}.weight"])
+            assert torch.equal(plain.state_dict()[f"{name}.weight"], linear.dequantize_stored(**stored))
     for length in (1, 40):  # of a MoE: two rows are gathered with their experts, eighty are routed
         tokens = torch.randint(0, 97, (1, length), generator=torch.Generator().manual_seed(length))
         want = plain(tokens)
@@ -390,9 +394,13 @@ def test_written_equals_quantized_at_load(tiny, tmp_path, cli, arguments, change
     assert stored["layers.1.qkv.linear.weight"].dtype == expected
     assert figures["megabytes"] == pytest.approx(sum(t.nbytes for t in stored.values()) / 1e6)
     # The compute dtype is free; what is stored stays as it is.
-    wide = load_model(out, dtype=torch.float32)
-    assert wide.tok_embeddings.weight.dtype == torch.float32
-    assert torch.equal(wide.state_dict()["layers.1.qkv.linear.scale"], b["layers.1.qkv.linear.scale"])
+    for dtype in (torch.float16, torch.bfloat16):
+        other = load_model(out, dtype=dtype)
+        assert other.tok_embeddings.weight.dtype == dtype
+        for name, module in other.named_modules():
+            for key in module.layout() if isinstance(module, QuantLinear) else ():
+                tensor = other.state_dict()[f"{name}.{key}"]
+                assert tensor.dtype == b[f"{name}.{key}"].dtype and torch.equal(tensor, b[f"{name}.{key}"])
 
 
 def test_recorded_groupsizes_are_obeyed_at_load(tiny, tmp_path, cli):
@@ -519,6 +527,27 @@ def test_gptq_streams_any_model(tiny, changes):
         losses[method] = first.square().mean(), (quant(tokens) - model(tokens)).square().mean()
     assert losses["gptq"][0] < 0.9 * losses["rtn"][0]
     assert losses["gptq"][1] < (1.0 if changes == {} else 1.1) * losses["rtn"][1]  # experts switch, which is chaotic
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True, **MOE}], ids=str)
+def test_gptq_learns_from_the_inputs_of_the_quantized_model(tiny, monkeypatch, changes):
+    model = tiny(**changes)
+    tokens = torch.randint(0, 97, (150, 128))  # more than run through a layer together
+    recipe, seen, caught = make_recipe("int4", 32, "gptq"), [], []
+    with torch.device("meta"):
+        linears = swap_linears(Transformer(model.args), recipe)
+    real = gptq.gptq
+    monkeypatch.setattr(gptq, "gptq", lambda w, hessian, *a, **k: (seen.append(hessian), real(w, hessian, *a, **k))[1])
+    state = {k: v for k, v in model.state_dict().items() if not (model.args.tie_embeddings and k == "output.weight")}
+    stream = quantize.calibrate(model.args, state.items(), linears, tokens, torch.device("cpu"), True)
+    plain = dequantized(build_model(model.args, stream, quant=recipe))
+    for name, module in plain.named_modules():
+        if name in linears:  # a linear's inputs come after all that stands before it was quantized
+            caught.append(quantize._hessians(module, plain, tokens.split(50)))
+    caught = [sums[key] for sums in caught for key in sorted(sums, key=lambda k: k or 0)]
+    assert len(seen) == len(caught) == (1 + 2 * (2 + 2 * 4) if "n_experts" in changes else 9)
+    for a, b in zip(seen, caught, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max())
 
 
 def test_gptq_of_an_expert_that_no_token_reaches(tiny):
