@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from checkpoint import load_model, read_config, resolve
 from model import QUERY_BLOCK, Transformer
-from quantize import make_recipe
+from quantize import QuantLinear, make_recipe
 from tokenizer import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -520,6 +520,8 @@ def main(
     load_s, compile_s = time.perf_counter() - begin, None
 
     steps = {}
+    if device.type == "cuda" and not compile and any(isinstance(m, QuantLinear) for m in model.modules()):
+        print("quantized but not compiled: on a GPU --compile makes decoding several times faster", file=sys.stderr)
     if compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE_DIR / "inductor"))
         begin = time.perf_counter()

@@ -249,7 +249,7 @@ struct Int4 {
     Floats acc[R][M] = {};
     for (int64_t b = 0; b < end; b++, x += 8 * M, sums += M) {
       Floats part[R][M], scale[R];
-      for (int r = 0; r < R; r++, group[r - 1] += step) {
+      for (int r = 0; r < R; r++) {
         const Words s = spread(group[r], log2);
         scale[r] = high_fp16(s);
         for (int m = 0; m < M; m++)  // the sum of (q - zero) * x begins with -zero * sum of x
@@ -257,9 +257,9 @@ struct Int4 {
       }
       for (int l = 0; l < 2; l++) {
         Words q[R];
-        for (int r = 0; r < R; r++, from[r - 1] += 64) {
-          prefetch(from[r] + ahead);
-          q[r] = load<Words>(from[r]);
+        for (int r = 0; r < R; r++) {
+          prefetch(from[r] + l * 64 + ahead);
+          q[r] = load<Words>(from[r] + l * 64);
         }
         for (int k = 0; k < 4; k++) {
           Words wr[R];
@@ -270,8 +270,10 @@ struct Int4 {
           }
         }
       }
-      for (int r = 0; r < R; r++)
+      for (int r = 0; r < R; r++) {
         for (int m = 0; m < M; m++) acc[r][m] += part[r][m] * scale[r];
+        from[r] += 128, group[r] += step;
+      }
     }
     for (int m = 0; m < M; m++)
       for (int r = 0; r < R; r++) out[m * R + r] = sum(acc[r][m]);

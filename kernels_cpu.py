@@ -96,7 +96,9 @@ def _build() -> str:
     return str(library)
 
 
+@functools.cache
 def _cpu_flags() -> str:
+    """The instruction sets of this CPU, as the system names them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -142,7 +144,13 @@ def linear_int4(x: Tensor, w: Tensor, scales: Tensor, groupsize: int, bias: Tens
 
 def max_rows(kind: str, dtype: torch.dtype) -> int:
     """The most rows of x in this dtype for which the kernel of this kind runs, where it can."""
-    return MAX_ROWS[kind][dtype == torch.float32]
+    return min(MAX_ROWS[kind][dtype == torch.float32], _rows_limit())
+
+
+@torch.compiler.assume_constant_result
+def _rows_limit() -> int:
+    """Without AVX-512's bf16 products the kernels compute several times slower, and pay for few rows only."""
+    return 1000 if "avx512_bf16" in _cpu_flags() else 4
 
 
 def _few_rows(x: Tensor, kind: str) -> bool:

@@ -340,7 +340,8 @@ VARIANTS = [
 @pytest.mark.parametrize("mode, groupsize", KINDS[:3] + KINDS[4:])
 def test_model_equals_the_dequantized_model(tiny, mode, groupsize, changes, cpp):
     model = tiny(**changes)
-    quant = build_model(model.args, model.state_dict().items(), quant=make_recipe(mode, groupsize))
+    state = {k: v for k, v in model.state_dict().items() if not (model.args.tie_embeddings and k == "output.weight")}
+    quant = build_model(model.args, state.items(), quant=make_recipe(mode, groupsize))
     plain = dequantized(quant)
     assert isinstance(quant.output, QuantLinear) and isinstance(quant.tok_embeddings, nn.Embedding)
     for name, linear in quant.named_modules():
@@ -569,8 +570,10 @@ def test_gptq_of_an_expert_that_no_token_reaches(tiny):
     assert same.count(True) == 2, same
 
 
-def test_gptq_leaves_out_what_is_skipped(slice_of_demo, tmp_path, cli):
+def test_gptq_leaves_out_what_is_skipped(slice_of_demo, tmp_path, cli, monkeypatch):
     directory, text, _ = slice_of_demo
+    real, orders = gptq.gptq, []
+    monkeypatch.setattr(gptq, "gptq", lambda *a, act_order: (orders.append(act_order), real(*a, act_order=act_order))[1])
     arguments = (*GPTQ, "--calibration_samples", 2, "--calibration_length", 64, "--calibration_text", text)
     done = cli("--checkpoint_path", directory, "--out_dir", tmp_path / "out", *arguments,
                "--no_act_order", "--skip", "lm_head", "layers.0.", "gate_up")  # fmt: skip
@@ -579,6 +582,7 @@ def test_gptq_leaves_out_what_is_skipped(slice_of_demo, tmp_path, cli):
     kept = [k for k in before if "layers.1." not in k or "gate_up" in k or "norm" in k]
     assert len(kept) == 12 and all(torch.equal(before[k], after[k]) for k in kept)
     assert after["layers.1.down.linear.weight"].dtype == torch.uint8
+    assert orders == [False] * 3
 
 
 # --------------------------------------------------------------------------------------------------- the bundled model
