@@ -283,7 +283,7 @@ struct Int4 {
 // --------------------------------------------------------------------------------------------------------- drivers
 // f(first, last) over [0, N) on PyTorch's threads, in chunks that whoever is free takes: a core that another process
 // holds for a moment then delays one chunk, not half the rows. Less than THREAD_BYTES is not worth waking a thread.
-constexpr int64_t CHUNK_BYTES = 1 << 18, THREAD_BYTES = 1 << 17;
+constexpr int64_t CHUNK_BYTES = 1 << 18, THREAD_BYTES = 1 << 18;
 
 template <class F>
 void parallel_rows(int64_t N, int64_t row_bytes, const F& f) {
