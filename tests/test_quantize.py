@@ -573,7 +573,7 @@ def test_gptq_of_an_expert_that_no_token_reaches(tiny):
 def test_gptq_leaves_out_what_is_skipped(slice_of_demo, tmp_path, cli, monkeypatch):
     directory, text, _ = slice_of_demo
     real, orders = gptq.gptq, []
-    monkeypatch.setattr(gptq, "gptq", lambda *a, act_order: (orders.append(act_order), real(*a, act_order=act_order))[1])
+    monkeypatch.setattr(gptq, "gptq", lambda *a, **k: (orders.append(k["act_order"]), real(*a, **k))[1])
     arguments = (*GPTQ, "--calibration_samples", 2, "--calibration_length", 64, "--calibration_text", text)
     done = cli("--checkpoint_path", directory, "--out_dir", tmp_path / "out", *arguments,
                "--no_act_order", "--skip", "lm_head", "layers.0.", "gate_up")  # fmt: skip
