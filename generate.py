@@ -328,14 +328,13 @@ def complete(
 # -------------------------------------------------------------------------------------------------------- reporting
 def weight_bytes(model: Transformer) -> float:
     """Bytes of weights that one decode step reads: all but the embedding table, of the experts only those chosen."""
-    args = model.args
-    share = args.n_experts_per_token / args.n_experts if args.n_experts else 1.0
-    experts = (".moe.gate_up.", ".moe.down.")
-    return sum(
-        t.nbytes * (share if any(e in name for e in experts) else 1.0)
-        for name, t in model.state_dict().items()
-        if name != "tok_embeddings.weight"  # a tied head is listed under its own name too
-    )
+    args, total = model.args, 0.0
+    for module in model.modules():
+        if hasattr(module, "in_features") or hasattr(module, "eps"):  # linears, plain or quantized, and norms
+            tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            share = args.n_experts_per_token / args.n_experts if getattr(module, "n_experts", 0) else 1.0
+            total += share * sum(t.nbytes for t in tensors)
+    return total
 
 
 def device_name(device: torch.device) -> str:
@@ -418,7 +417,7 @@ def pick_recipe(quant: str | None, groupsize: int | None) -> dict | None:
 def warm_up(model: Transformer, generation: Callable, length: int) -> None:
     """Compile, and record the CUDA graphs of every context size up to `length` tokens."""
     per_size = model.slots.is_cuda and not reads_own_length(model)
-    for size in sorted({slots_for(model, n).shape[0] for n in range(2, length + 1)}) if per_size else [2]:
+    for size in sorted({slots_for(model, n).shape[0] for n in range(2, length + 1)}) if per_size else [12]:
         new = min(4, length - 1)
         for _ in generation([[0] * max(1, min(size, length) - new)], new, stop_ids=()):
             pass
@@ -584,7 +583,7 @@ def parser() -> argparse.ArgumentParser:
     a("--top_p", type=float, metavar="P", help="keep the likeliest tokens that reach probability P; default: all")
     a("--min_p", type=float, metavar="P", help="keep tokens of at least P times the likeliest's probability")
     a("--repetition_penalty", type=float, default=1.0, metavar="R", help="above 1: seen tokens become less likely")
-    a("--seed", type=int, metavar="S", help="make sampling repeatable (compiled and eager draw different numbers)")
+    a("--seed", type=int, metavar="S", help="make sampling repeatable")
     a("--stop", nargs="+", default=[], metavar="STR", help="end at any of these strings, which are not printed")
     a("--ignore_eos", action="store_true", help="go on after an end-of-sequence token")
     a("--compile", action="store_true", help="torch.compile the step: slower start, faster decode")
