@@ -99,7 +99,7 @@ class Int8Linear(QuantLinear):
 
     def quantize_matrix(self, weight: Tensor) -> dict[str, Tensor]:
         """float32 [out, in] -> stored tensors."""
-        scale = (weight.abs().amax(-1) / 127).clamp_min(1e-12)
+        scale = (weight.abs().amax(-1) * (1 / 127)).clamp_min(1e-12)  # CUDA divides by a constant inexactly
         return {"weight": (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), "scale": scale}
 
     @staticmethod
@@ -125,7 +125,7 @@ class Fp8Linear(QuantLinear):
     def quantize_matrix(self, weight: Tensor) -> dict[str, Tensor]:
         """float32 [out, in] -> stored tensors."""
         limit = torch.finfo(FP8).max  # 448; beyond it the cast gives NaN
-        scale = (weight.abs().amax(-1) / limit).clamp_min(1e-12)
+        scale = (weight.abs().amax(-1) * (1 / limit)).clamp_min(1e-12)
         return {"weight": (weight / scale[:, None]).clamp(-limit, limit).to(FP8), "scale": scale}
 
     @staticmethod
