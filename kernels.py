@@ -89,7 +89,8 @@ def linear_reference(x, weight, scale=None, zero=None, bias=None, norm=None, res
         h = x.float()
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
         x = (h * (norm.float() + offset)).to(x.dtype)
-    if scale is not None and zero is None:  # the scale goes on the result: the integers are exact in bf16
+    # The scale goes on the result: the integers are exact in bf16. Not in fp16, where their sums overflow.
+    if scale is not None and zero is None and x.dtype != torch.float16:
         y = (F.linear(x, weight.to(x.dtype)).float() * scale).to(x.dtype)
     else:
         y = F.linear(x, dequantize(weight, scale, zero).to(x.dtype))

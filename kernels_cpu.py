@@ -147,10 +147,12 @@ def max_rows(kind: str, dtype: torch.dtype) -> int:
     return min(MAX_ROWS[kind][dtype == torch.float32], _rows_limit())
 
 
-@torch.compiler.assume_constant_result
 def _rows_limit() -> int:
     """Without AVX-512's bf16 products the kernels compute several times slower, and pay for few rows only."""
     return 1000 if "avx512_bf16" in _cpu_flags() else 4
+
+
+_rows_limit._dynamo_marked_constant = True  # as for `available`
 
 
 def _few_rows(x: Tensor, kind: str) -> bool:
