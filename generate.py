@@ -28,7 +28,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports below ends quietly, too
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_model, read_config, resolve
+from checkpoint import load_model, read_config, read_json, resolve
 from model import QUERY_BLOCK, Transformer
 from quantize import QuantLinear, make_recipe
 from tokenizer import Tokenizer
@@ -414,6 +414,13 @@ def pick_recipe(quant: str | None, groupsize: int | None) -> dict | None:
     return make_recipe(quant, groupsize)
 
 
+def own_sampling(directory: Path) -> dict:
+    """temperature, top_k and top_p that the checkpoint's generation_config.json recommends; {} where it does not."""
+    file = directory / "generation_config.json"
+    own = read_json(file) if file.exists() else {}
+    return {k: own[k] for k in ("temperature", "top_k", "top_p") if own.get("do_sample") and own.get(k) is not None}
+
+
 def warm_up(model: Transformer, generation: Callable, length: int) -> None:
     """Compile, and record the CUDA graphs of every context size up to `length` tokens."""
     per_size = model.slots.is_cuda and not reads_own_length(model)
@@ -480,7 +487,7 @@ def main(
     checkpoint_path: str | Path,
     prompt: list[str] | None,
     max_new_tokens: int,
-    temperature: float,
+    temperature: float | None,
     top_k: int | None,
     top_p: float | None,
     min_p: float | None,
@@ -502,9 +509,16 @@ def main(
     device, dtype = pick_device(device), pick_dtype(dtype)
     if num_samples < 1:
         raise ValueError(f"--num_samples {num_samples}: it must be at least 1")
-    sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty).to(device)
     recipe = pick_recipe(quant, groupsize)
     directory = resolve(checkpoint_path)
+    own = own_sampling(directory) if temperature is None else {}
+    sampler = Sampler(
+        own.get("temperature", 0.8) if temperature is None else temperature,
+        top_k or own.get("top_k"),
+        top_p or own.get("top_p"),
+        min_p,
+        repetition_penalty,
+    ).to(device)
     args, _ = read_config(directory)
     tokenizer = Tokenizer(directory)
 
@@ -578,7 +592,8 @@ def parser() -> argparse.ArgumentParser:
       help="converted directory, Hugging Face directory, or hub id such as org/name")  # fmt: skip
     a("--prompt", action="append", metavar="TEXT", help="may be given several times; default: def fibonacci(n):")
     a("--max_new_tokens", type=int, default=200, metavar="N", help="tokens to generate at most")
-    a("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (argmax)")
+    a("--temperature", type=float, metavar="T",
+      help="0 is greedy (argmax); default: temperature, top-k and top-p of generation_config.json, else 0.8")  # fmt: skip
     a("--top_k", type=int, metavar="K", help="keep the K likeliest tokens; default: all")
     a("--top_p", type=float, metavar="P", help="keep the likeliest tokens that reach probability P; default: all")
     a("--min_p", type=float, metavar="P", help="keep tokens of at least P times the likeliest's probability")

@@ -514,3 +514,14 @@ def test_interrupted_generation(terminal):
     t.wait_for("import os")
     t.type(CTRL_C)
     assert t.finish() == 130 and "Traceback" not in t.shown, t.shown
+
+
+def test_sampling_defaults_are_the_checkpoints_own(tmp_path):
+    from generate import own_sampling
+
+    assert own_sampling(tmp_path) == {}
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}')
+    assert own_sampling(tmp_path) == {"temperature": 0.6, "top_p": 0.9}
+    file.write_text('{"do_sample": false, "temperature": 0.6}')
+    assert own_sampling(tmp_path) == {}
