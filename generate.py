@@ -593,7 +593,7 @@ def parser() -> argparse.ArgumentParser:
     a("--prompt", action="append", metavar="TEXT", help="may be given several times; default: def fibonacci(n):")
     a("--max_new_tokens", type=int, default=200, metavar="N", help="tokens to generate at most")
     a("--temperature", type=float, metavar="T",
-      help="0 is greedy (argmax); default: temperature, top-k and top-p of generation_config.json, else 0.8")  # fmt: skip
+      help="0 is greedy; default: generation_config.json's temperature, top-k and top-p, else 0.8")  # fmt: skip
     a("--top_k", type=int, metavar="K", help="keep the K likeliest tokens; default: all")
     a("--top_p", type=float, metavar="P", help="keep the likeliest tokens that reach probability P; default: all")
     a("--min_p", type=float, metavar="P", help="keep tokens of at least P times the likeliest's probability")

@@ -202,7 +202,8 @@ def train_tokenizer(documents, megabytes):
                 "add_bos_token": True, "add_eos_token": False, "add_prefix_space": False, "legacy": False,
                 "clean_up_tokenization_spaces": False, "model_max_length": 4096}, indent=2) + "\n")
             (folder / "generation_config.json").write_text(
-                json.dumps({"bos_token_id": 1, "eos_token_id": 2, "do_sample": True, "temperature": 0.3}, indent=2) + "\n")
+                json.dumps({"bos_token_id": 1, "eos_token_id": 2, "do_sample": True, "temperature": 0.3}, indent=2)
+                + "\n")
 
 
 def main(out_dir, wheels, demo, tokenizer_mb):
