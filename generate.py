@@ -514,8 +514,8 @@ def main(
     own = own_sampling(directory) if temperature is None else {}
     sampler = Sampler(
         own.get("temperature", 0.8) if temperature is None else temperature,
-        top_k or own.get("top_k"),
-        top_p or own.get("top_p"),
+        own.get("top_k") if top_k is None else top_k,
+        own.get("top_p") if top_p is None else top_p,
         min_p,
         repetition_penalty,
     ).to(device)
