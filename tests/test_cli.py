@@ -490,6 +490,7 @@ def test_terminal_chat(terminal):
     assert "Traceback" not in starting.shown and "generate.py" not in starting.shown
 
     at_prompt.wait_for("> ")
+    time.sleep(0.5)  # a signal between the prompt and readline's wait would be noticed with the next key only
     at_prompt.type(CTRL_C)
     assert at_prompt.finish() == 130
 
