@@ -54,12 +54,14 @@ class QuantLinear(nn.Module):
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Float weight [(E,) out, in] -> the stored tensors. ValueError where a weight is NaN or infinite."""
-        if not bool(weight.isfinite().all()):
-            raise ValueError("holds NaN or infinite values and cannot be quantized")
         rows = max(1, QUANTIZE_AT_ONCE // self.in_features)
         matrices = []
         for matrix in weight if self.n_experts else [weight]:
-            parts = [self.quantize_matrix(part.float()) for part in matrix.split(rows)]
+            parts = []
+            for part in matrix.split(rows):  # the check too: over a whole head it needs as much again
+                if not bool(part.isfinite().all()):
+                    raise ValueError("holds NaN or infinite values and cannot be quantized")
+                parts.append(self.quantize_matrix(part.float()))
             matrices.append({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
         return {k: torch.stack([m[k] for m in matrices]) for k in matrices[0]} if self.n_experts else matrices[0]
 
