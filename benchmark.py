@@ -33,6 +33,7 @@ from generate import (
     CACHE_DIR,
     Sampler,
     compile_decode,
+    compile_prefill,
     device_name,
     generate,
     peak_memory_gb,
@@ -154,11 +155,12 @@ def measure(
     prompts = torch.randint(model.args.vocab_size, (batch, prompt_tokens)).tolist()
     if compile:
         begin = time.perf_counter()
-        steps["decode"] = compile_decode(model)
+        steps = {"decode": compile_decode(model), "prefill": compile_prefill(model)}
         warm_up(
             model,
             lambda p, n, **kw: generate(model, p * batch, n, sampler, **steps, **kw),
             prompt_tokens + new_tokens,
+            [prompt_tokens],
         )
         compile_s = time.perf_counter() - begin
 

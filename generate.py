@@ -19,7 +19,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C during the imports below ends quietly, too
@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import load_model, read_config, read_json, resolve
-from model import QUERY_BLOCK, Transformer
+from model import Transformer
 from quantize import QuantLinear, make_recipe
 from tokenizer import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hotloop"
+PREFILL_CHUNK = {"cpu": 512, "cuda": 8192, "mps": 512}  # tokens of a prompt that go through the model at once
 CHAT_CONTEXT = 8192  # tokens of cache that a chat allocates unless --max_seq_len says otherwise
 
 
@@ -122,7 +123,7 @@ def decode_one_token(model: Transformer, token: Tensor, input_pos: Tensor, slots
 def compile_decode(model: Transformer) -> Callable:
     """`decode_one_token`, compiled, and on CUDA replayed as one graph; one compilation serves all context lengths.
 
-    Prefill stays eager: it is matrix products, which libraries do, and compiling 32 layers of it takes a minute.
+    Prefill is not compiled: it is matrix products, which libraries do, and Inductor takes a minute for 32 layers of it.
     """
     step = torch.compile(
         decode_one_token,
@@ -182,6 +183,50 @@ class GraphedDecode:
         return graph
 
 
+def compile_prefill(model: Transformer) -> Callable:
+    """`prefill`, replayed as CUDA graphs where launching its kernels takes longer than running them: on a GPU."""
+    graphed = model.tok_embeddings.weight.is_cuda and not model.args.n_experts  # experts ask the host for their rows
+    return GraphedPrefill() if graphed else prefill
+
+
+class GraphedPrefill:
+    """`prefill`, captured for short chunks as a CUDA graph for each power of two of tokens, the second time it is met.
+
+    A chunk is filled up to that size by repeating its last token at its own position, which changes nothing. Long ones
+    run eagerly: there the device is the slower one, and graphs for every length would take its memory.
+    """
+
+    SIZES = range(16, 513)
+
+    def __init__(self):
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+
+    def __call__(self, model, tokens, input_pos, slots):
+        """As prefill; the logits returned are overwritten by the next call."""
+        B, T = tokens.shape
+        size = max(self.SIZES[0], 1 << (T - 1).bit_length())
+        if size not in self.SIZES:
+            return prefill(model, tokens, input_pos, slots)
+        if T < size:
+            last = torch.cat([torch.arange(T), torch.full((size - T,), T - 1)]).to(tokens.device)
+            tokens, input_pos = tokens[:, last], input_pos[:, last]
+            slots = slots_for(model, T) if slots.shape[0] == 0 else slots
+        key = (B, size, slots.shape[0], model.max_batch_size, model.max_seq_len)
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return prefill(model, tokens, input_pos, slots)
+        if self.graphs[key] is None:
+            buffers, graph = (tokens.clone(), input_pos.clone()), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                logits = prefill(model, *buffers, slots)
+            self.graphs[key] = graph, buffers, logits
+        graph, buffers, logits = self.graphs[key]
+        buffers[0].copy_(tokens)
+        buffers[1].copy_(input_pos)
+        graph.replay()
+        return logits
+
+
 def reads_own_length(model: Transformer) -> bool:
     """Whether decode attention finds each row's length on the device, whatever slots it is given."""
     return getattr(model.layers[0].attention, "reads_own_length", False)
@@ -228,8 +273,12 @@ def generate(
     tokens = torch.tensor([[*p, *[p[-1]] * (longest - len(p))] for p in prompts])[:, start:]
     lengths = torch.tensor([[len(p)] for p in prompts])
     input_pos = torch.minimum(torch.arange(start, longest), lengths - 1)
-    for chunk, pos in zip(tokens.split(QUERY_BLOCK, 1), input_pos.split(QUERY_BLOCK, 1), strict=True):
-        logits = prefill(model, chunk.to(device), pos.to(device), slots_for(model, int(pos.max()) + 1))
+    size = PREFILL_CHUNK[device.type]
+    for chunk, pos in zip(tokens.split(size, 1), input_pos.split(size, 1), strict=True):
+        # What comes first has nothing to look back at; but not where rows are filled up with repeated tokens.
+        first = int(pos[0, 0]) == 0 and bool((lengths == longest).all())
+        slots = model.slots[:0] if first else slots_for(model, int(pos.max()) + 1)
+        logits = prefill(model, chunk.to(device), pos.to(device), slots)
     token, pos = sample(logits), lengths.to(device)
 
     running = torch.ones(len(prompts), dtype=torch.bool)
@@ -421,12 +470,14 @@ def own_sampling(directory: Path) -> dict:
     return {k: own[k] for k in ("temperature", "top_k", "top_p") if own.get("do_sample") and own.get(k) is not None}
 
 
-def warm_up(model: Transformer, generation: Callable, length: int) -> None:
-    """Compile, and record the CUDA graphs of every context size up to `length` tokens."""
+def warm_up(model: Transformer, generation: Callable, length: int, prompts: Iterable[int] = ()) -> None:
+    """Compile, and record the CUDA graphs of every context size up to `length` tokens and of prompts so long."""
     per_size = model.slots.is_cuda and not reads_own_length(model)
-    for size in sorted({slots_for(model, n).shape[0] for n in range(2, length + 1)}) if per_size else [12]:
-        new = min(4, length - 1)
-        for _ in generation([[0] * max(1, min(size, length) - new)], new, stop_ids=()):
+    sizes = sorted({slots_for(model, n).shape[0] for n in range(2, length + 1)}) if per_size else [12]
+    new = min(4, length - 1)
+    lengths = [max(1, min(size, length) - new) for size in sizes]
+    for n in [*lengths, *(2 * sorted({min(n, length - new) for n in prompts}) if model.slots.is_cuda else [])]:
+        for _ in generation([[0] * n], new, stop_ids=()):
             pass
 
 
@@ -538,8 +589,8 @@ def main(
     if compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE_DIR / "inductor"))
         begin = time.perf_counter()
-        steps["decode"] = compile_decode(model)
-        warm_up(model, lambda p, n, **kw: generate(model, p, n, sampler, **steps, **kw), context)
+        steps = {"decode": compile_decode(model), "prefill": compile_prefill(model)}
+        warm_up(model, lambda p, n, **kw: generate(model, p, n, sampler, **steps, **kw), context, map(len, prompts))
         compile_s = time.perf_counter() - begin
     if seed is not None:
         torch.manual_seed(seed)  # after the warm-up, which draws numbers too

@@ -63,18 +63,31 @@ def use_triton(x: Tensor) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------- the references
-def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+def dequantize(weight: Tensor, scale: Tensor | None, zero: Tensor | None = None) -> Tensor:
     """A stored weight as the float32 matrix [N, K] that it stands for.
 
     bf16, fp16 or float32 [N, K] with no scale; int8 or float8_e4m3fn [N, K] with scale float32 [N]; int4 as uint8
-    [N, K/2] (even column in the low nibble) with scale and zero float16 [N, K/groupsize]: W = (nibble - zero) * scale.
+    [N, K/2] (even column in the low nibble) with scale and zero float16 [N, K/groupsize], or both in one word as
+    `join_scales` packs them: W = (nibble - zero) * scale.
     """
     if scale is None:
         return weight.float()
+    if scale.dtype == torch.int32:
+        scale, zero = split_scales(scale)
     if zero is None:
         return weight.float() * scale[:, None]
     q = torch.stack([weight & 15, weight >> 4], dim=-1).view(*scale.shape, -1).float()
     return ((q - zero[..., None].float()) * scale[..., None].float()).flatten(1)
+
+
+def join_scales(scale: Tensor, zero: Tensor) -> Tensor:
+    """int4's float16 scales and zeros -> one int32 word each, the scale in the low half: one load for a kernel."""
+    return torch.stack([scale, zero], dim=-1).view(torch.int32)[..., 0]
+
+
+def split_scales(words: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `join_scales`."""
+    return words.contiguous().view(torch.float16).unflatten(-1, (-1, 2)).unbind(-1)
 
 
 def activate(name: str, gate: Tensor) -> Tensor:
@@ -82,7 +95,7 @@ def activate(name: str, gate: Tensor) -> Tensor:
     return F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
-def linear_reference(x, weight, scale=None, zero=None, bias=None, norm=None, residual=None, eps=0.0, offset=0.0,
+def linear_reference(x, weight, scale=None, bias=None, norm=None, residual=None, eps=0.0, offset=0.0,
                      activation="") -> Tensor:  # fmt: skip
     """What `linear` computes, in plain PyTorch."""
     if norm is not None:
@@ -90,10 +103,10 @@ def linear_reference(x, weight, scale=None, zero=None, bias=None, norm=None, res
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
         x = (h * (norm.float() + offset)).to(x.dtype)
     # The scale goes on the result: the integers are exact in bf16. Not in fp16, where their sums overflow.
-    if scale is not None and zero is None and x.dtype != torch.float16:
+    if scale is not None and scale.ndim == 1 and x.dtype != torch.float16:
         y = (F.linear(x, weight.to(x.dtype)).float() * scale).to(x.dtype)
     else:
-        y = F.linear(x, dequantize(weight, scale, zero).to(x.dtype))
+        y = F.linear(x, dequantize(weight, scale).to(x.dtype))
     if bias is not None:
         y = y + bias.to(y.dtype)
     if activation:
@@ -116,7 +129,7 @@ def read_sum(x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------- linear
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x [..., K] @ W.T -> [..., N] in x's dtype, sums in float32, W stored as `dequantize` says.
 
     Up to 16 rows stream the weight once; more rows are a matrix product with the weight dequantized.
@@ -124,47 +137,78 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, zero: Tensor 
     if use_triton(x) and x.numel() // x.shape[-1] <= SMALL_M:
         if not torch.compiler.is_compiling():
             _triton()  # registers the operator; `fuse` did so for a model
-        return torch.ops.hotloop.linear(x, weight, scale, zero, None, None, None, 0.0, 0.0, "")
-    return linear_reference(x, weight, scale, zero)
+        return torch.ops.hotloop.linear(x, weight, scale, None, None, None, 0.0, 0.0, "")
+    return linear_reference(x, weight, scale)
 
 
-def _config(kind: str, K: int) -> dict:
-    """Warps, rows at a time, programs a multiprocessor and pipeline stages of `gemv`; from benchmarks/NOTES.md."""
-    warps = 4 if K <= 8192 else 8 if K <= 16384 else 16
-    if kind == "float":
-        return dict(num_warps=warps, BN=2, programs=8, STAGES=2)
-    if kind == "int4":
-        return dict(num_warps=warps, BN=2, programs=4, STAGES=3)
-    return dict(num_warps=warps, BN=2, programs=6, STAGES=4)
+# Of `gemv`, by kind and the largest K that it is for: warps, rows of W at a time and pipeline stages; measured on an
+# H200 (benchmarks/NOTES.md).
+CONFIGS = {
+    "float": {2048: (4, 8, 3), 8192: (4, 4, 3), 16384: (8, 2, 4), 32768: (16, 2, 3)},
+    "int8": {2048: (4, 8, 3), 8192: (4, 4, 3), 16384: (8, 4, 3), 32768: (16, 4, 3)},
+    "fp8": {2048: (4, 8, 2), 8192: (4, 4, 2), 16384: (8, 4, 3), 32768: (16, 2, 3)},
+    "int4": {2048: (4, 8, 3), 8192: (4, 4, 3), 16384: (8, 2, 3), 32768: (16, 2, 3)},
+}
+KINDS = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends: programmatic dependent launch, since Hopper."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _linear(x, weight, scale, zero, bias, norm, residual, eps, offset, activation) -> Tensor:
+def _linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> Tensor:
     """The operator hotloop::linear: `linear_reference` in one kernel; norm, bias and so on for one row only."""
     K = x.shape[-1]
     M, N = x.numel() // K, weight.shape[0] // (2 if activation else 1)
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
-    kind = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(weight.dtype, "float")
-    group = K // scale.shape[1] if zero is not None else 0
+    kind = KINDS.get(weight.dtype, "float")
+    group = K // scale.shape[1] if kind == "int4" else 0
     if M > 1:
         BN, BK = 64, 128
         _triton().small[(-(-N // BN),)](
-            x, weight, scale, zero, y, M, N, K, KIND=kind, GROUP=group, BM=16, BN=BN, BK=BK, num_warps=4, num_stages=4
+            x, weight, scale, y, M, N, K, KIND=kind, GROUP=group, BM=16, BN=BN, BK=BK, num_warps=4, num_stages=4
         )
         return y
-    config = _config(kind, K)
-    rows = config["BN"] = max(1, config["BN"] // 2) if activation else config["BN"]
-    programs = min(config.pop("programs") * _multiprocessors(x.device), -(-N // rows))
-    words = weight if kind == "float" else weight.view(torch.int32)
-    _triton().gemv[(programs,)](
-        x, words, scale, zero, bias, norm, residual, y, N, K, eps, offset, KIND=kind, GROUP=group,
-        ACTIVATION=activation, EXACT=x.dtype == torch.float32, BK=1 << (K - 1).bit_length(), **config,
+    warps, rows, stages = next(c for limit, c in CONFIGS[kind].items() if limit >= min(K, 32768))
+    rows = max(1, rows // 2) if activation else rows
+    overlap = _overlaps(x.device)
+    arguments = (x, weight if kind == "float" else weight.view(torch.int32), scale, bias, norm, residual, y, N, K, eps)
+    settings = dict(
+        KIND=kind, GROUP=group, ACTIVATION=activation, EXACT=x.dtype == torch.float32, PACKED=x.dtype == torch.bfloat16,
+        BN=rows, BK=1 << (K - 1).bit_length(), STAGES=stages, OVERLAP=overlap, num_warps=warps, launch_pdl=overlap,
     )  # fmt: skip
+    key = (x.device, x.dtype, kind, N, K, group, activation, bias is None, norm is None, residual is None)
+    if key not in _programs:
+        compiled = _triton().gemv.warmup(*arguments, offset, **settings, grid=(1,)) if x.is_cuda else None
+        _programs[key] = programs_for(compiled, -(-N // rows), x.device)
+    _triton().gemv[(_programs[key],)](*arguments, offset, **settings)
     return y
+
+
+_programs: dict[tuple, int] = {}  # of `gemv`, by all that its compiled form and its work depend on
+
+
+def programs_for(compiled, tiles: int, device: torch.device) -> int:
+    """How many persistent programs shall walk over `tiles`: as many as fit, or a few less where that divides better.
+
+    Filling the GPU matters: programs that start while the kernel before them ends go where there is room, and would
+    else crowd on some multiprocessors and leave others idle.
+    """
+    if compiled is None:  # under the interpreter
+        return min(tiles, 4)
+    compiled._init_handles()  # how many registers it takes is known only once it is loaded
+    p = torch.cuda.get_device_properties(device)
+    warps, registers = compiled.metadata.num_warps, -(-compiled.n_regs // 8) * 8
+    fit = min(
+        p.regs_per_multiprocessor // (32 * warps * registers),
+        p.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024),
+        p.max_threads_per_multi_processor // (32 * warps),
+    )
+    n = p.multi_processor_count
+    evenness = {i: tiles / (i * n) / -(-tiles // (i * n)) for i in range(max(1, fit - 2), max(1, fit) + 1)}
+    return min(tiles, n * max(evenness, key=lambda i: (round(evenness[i], 1), i)))
 
 
 # ---------------------------------------------------------------------------------------------------------- attend
@@ -181,18 +225,20 @@ def _attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, 
     splits = max(1, min(64, 264 // (B * K), -(-S // ATTEND_BLOCK)))
     y = torch.empty(B, 1, K * group * D, dtype=qkv.dtype, device=qkv.device)
     part = torch.empty(B * K * splits * GP * (D + 2), device=qkv.device)
+    overlap = _overlaps(qkv.device)
     _triton().attend[(B * K, splits)](
         qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, S, scale, softcap, eps, offset,
         window, K=K, G=group, GP=GP, D=D, SPLITS=splits, BS=ATTEND_BLOCK, SOFTCAP=softcap > 0, WINDOW=window > 0,
-        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", num_warps=4,
+        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     return y
 
 
 # ----------------------------------------------------------------------------------------------------- the modules
-def stored(linear: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(weight, scale, zero) of a plain or quantized linear, as `dequantize` takes them."""
-    return linear.weight, getattr(linear, "scale", None), getattr(linear, "zero", None)
+def stored(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight, scale) of a plain or quantized linear, as `linear` takes them."""
+    words = getattr(linear, "scale_zero", None)
+    return linear.weight, getattr(linear, "scale", None) if words is None else words
 
 
 def one_row(x: Tensor) -> bool:
@@ -312,9 +358,13 @@ def fuse(model: nn.Module) -> None:
 @functools.cache
 def _triton() -> SimpleNamespace:
     """Import Triton, define the kernels, register the operators hotloop::linear and hotloop::attend; once."""
-    global tl, x_at, byte_at, nibble_at, head_norm  # kernels look up what they use among the names of this module
+    # Kernels look up what they use among the names of this module.
+    global tl, INTERPRETED, wait_for_input, four, byte_at, dp4a, largest, digits, by_place, head_norm
     import triton
     import triton.language as tl
+    from triton.language.extra import cuda
+
+    INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # it knows no inline assembly
 
     @triton.jit
     def read_sum(x, out, n, BLOCK: tl.constexpr):
@@ -325,109 +375,188 @@ def _triton() -> SimpleNamespace:
         tl.store(out + tl.program_id(0), tl.sum(total))
 
     @triton.jit
-    def x_at(x, norm, i, mask, offset):
-        """Elements i of the vector x, times the norm's weight where there is one."""
-        v = tl.load(x + i, mask=mask, other=0.0).to(tl.float32)
+    def wait_for_input(OVERLAP: tl.constexpr):
+        """Programmatic dependent launch: until here, the kernel before this one may still run; from here on, the next
+        one may start. Whatever was written two kernels ago is complete even before this.
+        """
+        if OVERLAP:
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def four(x, norm, j, mask, offset, PACKED: tl.constexpr):
+        """Elements 4j ... 4j + 3 of x, times the norm's weight where there is one; and the raw ones' sum of squares."""
+        if PACKED:  # four bf16 in a 64-bit load; their bits are float32's upper half
+            v = tl.load(x.to(tl.pointer_type(tl.int64)) + j, mask=mask, other=0)
+            a, b = v.to(tl.int32), (v >> 32).to(tl.int32)
+            x0, x1 = (a << 16).to(tl.float32, bitcast=True), (a & -65536).to(tl.float32, bitcast=True)
+            x2, x3 = (b << 16).to(tl.float32, bitcast=True), (b & -65536).to(tl.float32, bitcast=True)
+        else:
+            x0 = tl.load(x + 4 * j, mask=mask, other=0.0).to(tl.float32)
+            x1 = tl.load(x + 4 * j + 1, mask=mask, other=0.0).to(tl.float32)
+            x2 = tl.load(x + 4 * j + 2, mask=mask, other=0.0).to(tl.float32)
+            x3 = tl.load(x + 4 * j + 3, mask=mask, other=0.0).to(tl.float32)
+        squares = x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
         if norm is not None:
-            v *= tl.load(norm + i, mask=mask, other=0.0).to(tl.float32) + offset
-        return v
+            n0, n1, n2, n3, _ = four(norm, None, j, mask, 0.0, PACKED)
+            x0, x1, x2, x3 = x0 * (n0 + offset), x1 * (n1 + offset), x2 * (n2 + offset), x3 * (n3 + offset)
+        return x0, x1, x2, x3, squares
 
     @triton.jit
     def byte_at(q, i: tl.constexpr, KIND: tl.constexpr):
         """Byte i of each word as a float: int8 (offset by 128) as 1 + byte 2^-15, e4m3 as its value times 2^-120."""
         if KIND == "fp8":  # sign, exponent and mantissa moved to float32's places
             return (((q << (24 - 8 * i)) >> 4) & -2014314496).to(tl.float32, bitcast=True)  # 0x87F00000
-        if i == 0:
-            u = q << 8
-        else:
-            u = q >> (8 * (i - 1))
-        return ((u & 0xFF00) | 0x3F800000).to(tl.float32, bitcast=True)
+        if INTERPRETED:
+            return (((q >> (8 * i) & 0xFF) << 8) | 0x3F800000).to(tl.float32, bitcast=True)
+        asm: tl.constexpr = "prmt.b32 $0, $1, 0x3F800000, $2;"  # bytes 0, i, 0x80 and 0x3F in one instruction
+        u = tl.inline_asm_elementwise(asm, "=r,r,r", [q, 0x7604 + 16 * i], dtype=tl.int32, is_pure=True, pack=1)
+        return u.to(tl.float32, bitcast=True)
 
     @triton.jit
-    def nibble_at(q, i: tl.constexpr):
-        """Nibble i of each word as 1 + nibble 2^-12, 2^-8 or 2^-4: three shifts serve all eight."""
-        if i < 3:
-            u = q << 11
-        elif i < 6:
-            u = q >> 1
-        else:
-            u = q >> 13
-        return ((u & (15 << (11 + 4 * (i % 3)))) | 0x3F800000).to(tl.float32, bitcast=True)
+    def dp4a(a, b, c):
+        """c + the dot product of the four signed bytes of a and of b."""
+        if INTERPRETED:
+            for i in tl.static_range(4):
+                c += ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
+            return c
+        asm: tl.constexpr = "dp4a.s32.s32 $0, $1, $2, $3;"
+        return tl.inline_asm_elementwise(asm, "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1)
+
+    @triton.jit
+    def largest(a, b, c, d):
+        return tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
+
+    @triton.jit
+    def digits(v):
+        """Integers, given as floats below 2^21, as three signed bytes each: v = d0 + 256 d1 + 65536 d2."""
+        # Adding 1.5 * 2^23 leaves the integer in the mantissa; adding 128 to each byte makes it unsigned, the last
+        # exclusive or signed again.
+        return ((v + 12582912.0).to(tl.int32, bitcast=True) + (0x00808080 - 0x4B400000)) ^ 0x00808080
+
+    @triton.jit
+    def by_place(t0, t1, t2, t3):
+        """Four numbers' digits -> the words of their lowest, middle and highest digits."""
+        if INTERPRETED:
+            low = (t0 & 255) | ((t1 & 255) << 8) | ((t2 & 255) << 16) | ((t3 & 255) << 24)
+            middle = ((t0 >> 8) & 255) | (t1 & 65280) | ((t2 & 65280) << 8) | ((t3 & 65280) << 16)
+            high = ((t0 >> 16) & 255) | ((t1 >> 8) & 65280) | (t2 & 16711680) | ((t3 & 16711680) << 8)
+            return low, middle, high
+        asm: tl.constexpr = """{ .reg .b32 a, b, c, d;
+            prmt.b32 a, $3, $4, 0x5140; prmt.b32 b, $5, $6, 0x5140;
+            prmt.b32 c, $3, $4, 0x0062; prmt.b32 d, $5, $6, 0x0062;
+            prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; prmt.b32 $2, c, d, 0x5410; }"""
+        return tl.inline_asm_elementwise(
+            asm, "=r,=r,=r,r,r,r,r", [t0, t1, t2, t3], dtype=(tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+        )
 
     @triton.jit
     def gemv(
-        x, w, scale, zero, bias, norm, residual, y, N, K: tl.constexpr, eps, offset, KIND: tl.constexpr,
-        GROUP: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-        STAGES: tl.constexpr,
+        x, w, scale, bias, norm, residual, y, N, K: tl.constexpr, eps, offset, KIND: tl.constexpr, GROUP: tl.constexpr,
+        ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        STAGES: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """One row of x: each program keeps all of it (normalized) in registers and walks over rows of W, BN at a time.
 
-        The walk is pipelined: the next rows are on their way while these are summed. Quantized weights are read as
-        32-bit words. A byte or nibble becomes a float by placing its bits in the mantissa of 1.0, one instruction
-        instead of a slow conversion; what that adds, a multiple of x, is subtracted lane by lane, where it is small
-        (EXACT, for float32 x: before the product).
+        The walk is pipelined: the next rows are on their way while these are summed; and the first of them are sent for
+        before x is waited for, while the kernel before this one still runs. Quantized weights are read as 32-bit words.
+        A byte becomes a float by placing its bits in the mantissa of 1.0, one instruction instead of a slow conversion;
+        what that adds, a multiple of x, is subtracted lane by lane, where it is small (EXACT, for float32 x: before the
+        product). Nibbles are multiplied as integers, four to an instruction: the x of each group become integers of
+        15 bits (EXACT: 20), relative to the group's largest, and these two or three signed bytes.
         """
         R: tl.constexpr = BN * 2 if ACTIVATION != "" else BN
-        r, k = tl.arange(0, R), tl.arange(0, BK)
+        r = tl.arange(0, R)
+        begin = tl.program_id(0) * BN
         inv = 1.0
-        if norm is not None:
-            v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-            inv = tl.rsqrt(tl.sum(v * v) / K + eps)
+        # x: four vectors, or the words of its digits; what to subtract, or the groups' exponents and sums
         if KIND == "float":
-            g = x_at(x, norm, k, k < K, offset) * inv
+            k = tl.arange(0, BK)
+            mk = k < K
+            x0 = tl.zeros([BK], tl.float32)
         elif KIND == "int4":
             W: tl.constexpr = GROUP // 8  # words a group
             group = tl.arange(0, BK // GROUP)
-            mg = group < K // GROUP
             j = group[:, None] * W + tl.arange(0, W)[None, :]
-            mj = j < K // 8
-            g0, g1 = x_at(x, norm, 8 * j, mj, offset) * inv, x_at(x, norm, 8 * j + 1, mj, offset) * inv
-            g2, g3 = x_at(x, norm, 8 * j + 2, mj, offset) * inv, x_at(x, norm, 8 * j + 3, mj, offset) * inv
-            g4, g5 = x_at(x, norm, 8 * j + 4, mj, offset) * inv, x_at(x, norm, 8 * j + 5, mj, offset) * inv
-            g6, g7 = x_at(x, norm, 8 * j + 6, mj, offset) * inv, x_at(x, norm, 8 * j + 7, mj, offset) * inv
-            sum_x = tl.sum(g0 + g1 + g2 + g3 + g4 + g5 + g6 + g7, 1)[None, :]
-            g0, g3, g6 = g0 * 4096, g3 * 4096, g6 * 4096
-            g1, g4, g7 = g1 * 256, g4 * 256, g7 * 256
-            g2, g5 = g2 * 16, g5 * 16
-            BIAS: tl.constexpr = 1.0 if EXACT else 0.0
-            excess = (1.0 - BIAS) * tl.sum(g0 + g1 + g2 + g3 + g4 + g5 + g6 + g7, 1)[None, :]
+            mg, mk = group < K // GROUP, j < K // 8
+            x0 = tl.zeros([BK // GROUP, W], tl.int32)
+            x1, x2, x3, x4, x5 = x0, x0, x0, x0, x0
+            unit, sum_x = tl.zeros([BK // GROUP], tl.float32), tl.zeros([BK // GROUP], tl.float32)
         else:
             j = tl.arange(0, BK // 4)
-            mj = j < K // 4
-            # 2^15; or 2^60, and again at the end: in two steps, away from float32's subnormals
-            inv *= 32768.0 if KIND == "int8" else 1152921504606846976.0
-            g0, g1 = x_at(x, norm, 4 * j, mj, offset) * inv, x_at(x, norm, 4 * j + 1, mj, offset) * inv
-            g2, g3 = x_at(x, norm, 4 * j + 2, mj, offset) * inv, x_at(x, norm, 4 * j + 3, mj, offset) * inv
+            mk = j < K // 4
+            x0 = tl.zeros([BK // 4], tl.float32)
+            x1, x2, x3, excess = x0, x0, x0, x0
             ONE: tl.constexpr = 1.00390625 if KIND == "int8" else 0.0  # what a weight of 0 looks like
             BIAS: tl.constexpr = ONE if EXACT else 0.0
-            excess = (ONE - BIAS) * (g0 + g1 + g2 + g3)[None, :]
-        for n0 in tl.range(tl.program_id(0) * BN, N, tl.num_programs(0) * BN, num_stages=STAGES):
+        for n0 in tl.range(begin, N, tl.num_programs(0) * BN, num_stages=STAGES):
             n = n0 + tl.arange(0, BN)
             if ACTIVATION != "":  # gate and up in turn
                 rows = tl.minimum(n0 + r // 2, N - 1) + (r % 2) * N
             else:
                 rows = tl.minimum(n0 + r, N - 1)
-            rows = rows.to(tl.int64)
+            at = rows.to(tl.int64)
             if KIND == "float":
-                weight = tl.load(w + rows[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-                d = tl.sum(weight.to(tl.float32) * g[None, :], 1)
+                q = tl.load(w + at[:, None] * K + k[None, :], mask=mk[None, :], other=0.0)
             elif KIND == "int4":
-                q = tl.load(w + rows[:, None, None] * (K // 8) + j[None, :, :], mask=mj[None, :, :], other=0)
-                at = rows[:, None] * (K // GROUP) + group[None, :]
-                s = tl.load(scale + at, mask=mg[None, :], other=0.0).to(tl.float32)
-                z = tl.load(zero + at, mask=mg[None, :], other=0.0).to(tl.float32)
-                p = (nibble_at(q, 0) - BIAS) * g0[None, :, :] + (nibble_at(q, 1) - BIAS) * g1[None, :, :]
-                p += (nibble_at(q, 2) - BIAS) * g2[None, :, :] + (nibble_at(q, 3) - BIAS) * g3[None, :, :]
-                p += (nibble_at(q, 4) - BIAS) * g4[None, :, :] + (nibble_at(q, 5) - BIAS) * g5[None, :, :]
-                p += (nibble_at(q, 6) - BIAS) * g6[None, :, :] + (nibble_at(q, 7) - BIAS) * g7[None, :, :]
-                d = tl.sum((tl.sum(p, 2) - excess - z * sum_x) * s, 1)
+                q = tl.load(w + at[:, None, None] * (K // 8) + j[None, :, :], mask=mk[None, :, :], other=0)
+                sz = tl.load(scale + at[:, None] * (K // GROUP) + group[None, :], mask=mg[None, :], other=0)
             else:
-                q = tl.load(w + rows[:, None] * (K // 4) + j[None, :], mask=mj[None, :], other=0)
+                q = tl.load(w + at[:, None] * (K // 4) + j[None, :], mask=mk[None, :], other=0)
+            if n0 == begin:
+                wait_for_input(OVERLAP)
+                if KIND == "float":
+                    x0 = tl.load(x + k, mask=mk, other=0.0).to(tl.float32)
+                    if norm is not None:
+                        inv = tl.rsqrt(tl.sum(x0 * x0) / K + eps)
+                        x0 *= (tl.load(norm + k, mask=mk, other=0.0).to(tl.float32) + offset) * inv
+                elif KIND == "int4":
+                    a0, a1, a2, a3, squares = four(x, norm, 2 * j, mk, offset, PACKED)
+                    a4, a5, a6, a7, more = four(x, norm, 2 * j + 1, mk, offset, PACKED)
+                    if norm is not None:
+                        inv = tl.rsqrt(tl.sum(tl.sum(squares + more, 1)) / K + eps)
+                    top = largest(largest(a0, a1, a2, a3), a4, a5, tl.maximum(tl.abs(a6), tl.abs(a7)))
+                    # 2^e is the largest power of two in a group, and the unit 2^(e - 13) or 2^(e - 19)
+                    PLACES: tl.constexpr = 19 if EXACT else 13
+                    e = tl.maximum(tl.max(top, 1).to(tl.int32, bitcast=True) & 0x7F800000, 0x20000000)
+                    unit = (e - PLACES * 0x00800000).to(tl.float32, bitcast=True)
+                    up = ((127 + PLACES) * 0x00800000 - (e - 127 * 0x00800000)).to(tl.float32, bitcast=True)[:, None]
+                    x0, x1, x2 = by_place(digits(a0 * up), digits(a2 * up), digits(a4 * up), digits(a6 * up))
+                    x3, x4, x5 = by_place(digits(a1 * up), digits(a3 * up), digits(a5 * up), digits(a7 * up))
+                    # of the rounded ones, so that what rounding does is multiplied by weights, not by nibbles
+                    ones = tl.full([BK // GROUP, W], 0x01010101, tl.int32)
+                    p = dp4a(ones, x5, dp4a(ones, x2, tl.zeros([BK // GROUP, W], tl.int32))) << 8
+                    p = dp4a(ones, x4, dp4a(ones, x1, p)) << 8
+                    p = dp4a(ones, x3, dp4a(ones, x0, p))
+                    sum_x = tl.sum(p, 1).to(tl.float32) * unit
+                else:
+                    x0, x1, x2, x3, squares = four(x, norm, j, mk, offset, PACKED)
+                    # 2^15; or 2^60, and again at the end: in two steps, away from float32's subnormals
+                    up = 32768.0 if KIND == "int8" else 1152921504606846976.0
+                    if norm is not None:
+                        up *= tl.rsqrt(tl.sum(squares) / K + eps)
+                    x0, x1, x2, x3 = x0 * up, x1 * up, x2 * up, x3 * up
+                    excess = (ONE - BIAS) * (x0 + x1 + x2 + x3)
+            if KIND == "float":
+                d = tl.sum(q.to(tl.float32) * x0[None, :], 1)
+            elif KIND == "int4":
+                low, high = q & 0x0F0F0F0F, (q >> 4) & 0x0F0F0F0F
+                p = tl.zeros([R, BK // GROUP, W], tl.int32)
+                if EXACT:
+                    p = dp4a(high, x5[None, :, :], dp4a(low, x2[None, :, :], p)) << 8
+                p = dp4a(high, x4[None, :, :], dp4a(low, x1[None, :, :], p)) << 8
+                p = dp4a(high, x3[None, :, :], dp4a(low, x0[None, :, :], p))
+                s = (sz & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+                z = (sz >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+                d = tl.sum((tl.sum(p, 2).to(tl.float32) * unit[None, :] - z * sum_x[None, :]) * s, 1) * inv
+            else:
                 if KIND == "int8":
                     q = q ^ -2139062144  # 0x80808080: from -128 ... 127 to 0 ... 255
-                p = (byte_at(q, 0, KIND) - BIAS) * g0[None, :] + (byte_at(q, 1, KIND) - BIAS) * g1[None, :]
-                p += (byte_at(q, 2, KIND) - BIAS) * g2[None, :] + (byte_at(q, 3, KIND) - BIAS) * g3[None, :]
-                d = tl.sum(p - excess, 1) * tl.load(scale + rows)
+                p = (byte_at(q, 0, KIND) - BIAS) * x0[None, :] - excess[None, :]
+                p += (byte_at(q, 1, KIND) - BIAS) * x1[None, :]
+                p += (byte_at(q, 2, KIND) - BIAS) * x2[None, :]
+                p += (byte_at(q, 3, KIND) - BIAS) * x3[None, :]
+                d = tl.sum(p, 1) * tl.load(scale + rows)
                 if KIND == "fp8":
                     d *= 1152921504606846976.0
             if bias is not None:
@@ -448,7 +577,7 @@ def _triton() -> SimpleNamespace:
 
     @triton.jit(do_not_specialize=["M"])  # one program for all numbers of rows
     def small(
-        x, w, scale, zero, y, M, N, K: tl.constexpr,
+        x, w, scale, y, M, N, K: tl.constexpr,
         KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     ):  # fmt: skip
         """2 ... BM rows: tensor cores, with the weights as the tall operand and the rows padded to BM."""
@@ -467,8 +596,9 @@ def _triton() -> SimpleNamespace:
                 mj = mg[:, None] & (j >= 0)
                 q = tl.load(w + rows[:, None, None] * (K // 2) + j[None, :, :], mask=mj[None, :, :], other=0)
                 at = rows[:, None] * (K // GROUP) + group[None, :]
-                s = tl.load(scale + at, mask=mg[None, :], other=0.0).to(tl.float32)[:, :, None]
-                z = tl.load(zero + at, mask=mg[None, :], other=0.0).to(tl.float32)[:, :, None]
+                sz = tl.load(scale + at, mask=mg[None, :], other=0)
+                s = (sz & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)[:, :, None]
+                z = (sz >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)[:, :, None]
                 low = tl.reshape((((q & 15).to(tl.float32) - z) * s).to(x.dtype.element_ty), [BN, BK // 2])
                 high = tl.reshape((((q >> 4).to(tl.float32) - z) * s).to(x.dtype.element_ty), [BN, BK // 2])
                 c = k0 + 2 * tl.arange(0, BK // 2)
@@ -500,7 +630,7 @@ def _triton() -> SimpleNamespace:
     def attend(
         qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, S, scale, softcap, eps, offset, window,
         K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr,
-        SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+        SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Program (row b and kv head, split): its share of the context for all G query heads, two halves of D apart.
 
@@ -510,6 +640,7 @@ def _triton() -> SimpleNamespace:
         b, kv, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
         dtype: tl.constexpr = k_cache.dtype.element_ty
         P: tl.constexpr = D // 2
+        wait_for_input(OVERLAP)
         p = tl.load(pos + b)
         first = p * 0
         if WINDOW:
@@ -588,7 +719,7 @@ def _triton() -> SimpleNamespace:
 
     library = torch.library.Library("hotloop", "FRAGMENT")
     library.define(
-        "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? zero, Tensor? bias, Tensor? norm, Tensor? residual, "
+        "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? norm, Tensor? residual, "
         "float eps, float offset, str activation) -> Tensor"
     )
     library.define(
@@ -600,7 +731,7 @@ def _triton() -> SimpleNamespace:
     library.impl("attend", _attend, "CompositeExplicitAutograd")
 
     @torch.library.register_fake("hotloop::linear", lib=library)
-    def linear_shape(x, weight, scale, zero, bias, norm, residual, eps, offset, activation):
+    def linear_shape(x, weight, scale, bias, norm, residual, eps, offset, activation):
         return x.new_empty(*x.shape[:-1], weight.shape[0] // (2 if activation else 1))
 
     @torch.library.register_fake("hotloop::attend", lib=library)

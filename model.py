@@ -219,7 +219,10 @@ class Attention(nn.Module):
         return distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
 
     def forward(self, qkv: Tensor, rope, input_pos: Tensor, slots: Tensor | None) -> Tensor:
-        """qkv [B, T, (H + 2K) D] -> [B, T, H D]. `slots` are the cache slots to attend to; None: no cache."""
+        """qkv [B, T, (H + 2K) D] -> [B, T, H D]. `slots` are the cache slots to attend to; None: no cache.
+
+        No slots at all, slots[:0]: the T tokens are a context's first, in order, and attend to one another only.
+        """
         B, T = qkv.shape[:2]
         heads = qkv.view(B, T, -1, self.head_dim)
         K = heads.shape[2] // (self.group + 2)  # from the tensor, so that a sharded layer needs no edit
@@ -228,10 +231,11 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
         q = q.transpose(1, 2)
-        if slots is None:
+        if slots is not None:
+            self.cache.update(input_pos, k, v)
+        if slots is None or slots.shape[0] == 0:
             y = self.causal(q, k.transpose(1, 2), v.transpose(1, 2))
         else:
-            self.cache.update(input_pos, k, v)
             # Only the slots in use are read, however large the cache was allocated.
             k, v = self.cache.k[:B, :, : slots.shape[0]], self.cache.v[:B, :, : slots.shape[0]]
             y = torch.cat(
@@ -425,7 +429,8 @@ class Transformer(nn.Module):
 
         input_pos int [B, T]: each row's own positions; keys and values go to those cache slots. None: no cache,
         plain causal over the T tokens. slots int [S']: the cache slots to attend to, 0 ... S' - 1, at least up to
-        the largest position; None: all that are allocated. Fewer slots, less to read.
+        the largest position; None: all that are allocated. Fewer slots, less to read; none at all where the tokens
+        are at positions 0 ... T - 1 of every row, and so have only one another to attend to.
         """
         if input_pos is None:
             pos = torch.arange(tokens.shape[1], device=tokens.device)[None]

@@ -55,15 +55,18 @@ class QuantLinear(nn.Module):
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Float weight [(E,) out, in] -> the stored tensors. ValueError where a weight is NaN or infinite."""
         rows = max(1, QUANTIZE_AT_ONCE // self.in_features)
-        matrices = []
-        for matrix in weight if self.n_experts else [weight]:
-            parts = []
-            for part in matrix.split(rows):  # the check too: over a whole head it needs as much again
-                if not bool(part.isfinite().all()):
+        stored = {
+            name: torch.empty(*self.lead, *shape, dtype=dtype, device=weight.device)
+            for name, (shape, dtype) in self.layout().items()
+        }
+        for e in range(self.n_experts or 1):
+            for first in range(0, self.out_features, rows):  # and filled in place: of a head, a second copy is much
+                at = (e, slice(first, first + rows)) if self.n_experts else slice(first, first + rows)
+                if not bool(weight[at].isfinite().all()):
                     raise ValueError("holds NaN or infinite values and cannot be quantized")
-                parts.append(self.quantize_matrix(part.float()))
-            matrices.append({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
-        return {k: torch.stack([m[k] for m in matrices]) for k in matrices[0]} if self.n_experts else matrices[0]
+                for name, value in self.quantize_matrix(weight[at].float()).items():
+                    stored[name][at] = value
+        return stored
 
     def dequantize(self) -> Tensor:
         """The weight that the stored tensors stand for: float32 [(E,) out, in]."""
@@ -175,7 +178,13 @@ class Int4Linear(QuantLinear):
         return ((q - zero[..., None].float()) * scale[..., None].float()).flatten(-2)
 
     def pack(self):
-        if self.n_experts or kernels.use_triton(self.weight) or not (self.weight.is_cpu and kernels_cpu.available()):
+        if self.n_experts:
+            return
+        if kernels.use_triton(self.weight):
+            self.register_buffer("scale_zero", kernels.join_scales(self.scale, self.zero), persistent=False)
+            self.scale = self.zero = None
+            return
+        if not (self.weight.is_cpu and kernels_cpu.available()):
             return
         packed, scales = kernels_cpu.pack_int4(self.weight, self.scale, self.zero, self.groupsize)
         self.weight = self.scale = self.zero = None
@@ -184,8 +193,11 @@ class Int4Linear(QuantLinear):
 
     def canonical(self) -> dict[str, Tensor]:
         """The stored tensors, packed or not."""
-        if self.weight is not None:
+        if self.scale is not None:
             return {name: getattr(self, name) for name in self.layout()}
+        if self.weight is not None:
+            scale, zero = kernels.split_scales(self.scale_zero)
+            return {"weight": self.weight, "scale": scale, "zero": zero}
         tensors = kernels_cpu.unpack_int4(self.packed, self.packed_scales, self.groupsize, self.in_features)
         return dict(zip(self.layout(), tensors, strict=True))
 
@@ -200,8 +212,10 @@ class Int4Linear(QuantLinear):
         if self.weight is None:
             if x.is_cpu and x.dtype != torch.float16:
                 return kernels_cpu.linear_int4(x, self.packed, self.packed_scales, self.groupsize)
-            return kernels.linear(x, **self.canonical())  # moved to a GPU after loading, or float16 on a CPU
-        return kernels.linear(x, self.weight, self.scale, self.zero)
+            return super().matmul(x)  # moved to a GPU after loading, or float16 on a CPU
+        if self.scale is None:
+            return kernels.linear(x, self.weight, self.scale_zero)
+        return super().matmul(x)
 
 
 def pack_nibbles(q: Tensor) -> Tensor:
