@@ -2,7 +2,7 @@
 
     linear      x [..., K] through a weight as it is stored (bf16, int8, fp8, int4), streamed once for up to 16 rows;
                 for one row with RMSNorm before it and bias, gate or residual add after it in the same kernel
-    attend      one new token a row: RoPE, the write to the KV cache, and attention split over the context
+    attend      a few new tokens a row: RoPE, the write to the KV cache, and attention split over the context
     read_sum    reads memory and does nothing else: the bandwidth that all of this is measured against
 
 `fuse(model)` swaps modules that use them into a model's five seams. Triton is imported when a kernel is first wanted,
@@ -213,23 +213,25 @@ def programs_for(compiled, tiles: int, device: torch.device) -> int:
 
 # ---------------------------------------------------------------------------------------------------------- attend
 ATTEND_BLOCK = 64  # slots at a time
+ATTEND_ROWS = 64  # new tokens times query heads a kv head, at most
 
 
 def _attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, scale, softcap, window, eps, offset):
     """The operator hotloop::attend, see FusedAttention. Mutates the caches; `count` is zero before and after."""
     qkv, pos = qkv.contiguous(), pos.contiguous()
-    B = qkv.shape[0]
+    B, T = qkv.shape[:2]
     K, S, D = k_cache.shape[1:]
-    GP = max(16, 1 << (group - 1).bit_length())  # tl.dot wants 16 rows
+    rows, new = (max(16, 1 << (n - 1).bit_length()) for n in (group * T, T))  # tl.dot wants 16
     # Enough programs to fill the GPU at long contexts; those with nothing to do at a short one return at once.
     splits = max(1, min(64, 264 // (B * K), -(-S // ATTEND_BLOCK)))
-    y = torch.empty(B, 1, K * group * D, dtype=qkv.dtype, device=qkv.device)
-    part = torch.empty(B * K * splits * GP * (D + 2), device=qkv.device)
+    y = torch.empty(B, T, K * group * D, dtype=qkv.dtype, device=qkv.device)
+    part = torch.empty(B * K * splits * rows * (D + 2), device=qkv.device)
     overlap = _overlaps(qkv.device)
     _triton().attend[(B * K, splits)](
-        qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, S, scale, softcap, eps, offset,
-        window, K=K, G=group, GP=GP, D=D, SPLITS=splits, BS=ATTEND_BLOCK, SOFTCAP=softcap > 0, WINDOW=window > 0,
-        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+        qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, S, T, scale, softcap, eps, offset, window,
+        K=K, G=group, R=rows, TP=new, D=D, SPLITS=splits, SP=1 << (splits - 1).bit_length(), BS=ATTEND_BLOCK,
+        SOFTCAP=softcap > 0, WINDOW=window > 0, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
+        OVERLAP=overlap, num_warps=4 if rows * D <= 2048 else 8, launch_pdl=overlap,
     )  # fmt: skip
     return y
 
@@ -307,7 +309,8 @@ class FusedLinearResidual(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """model.Attention whose decode step (one token a row) is one kernel; longer inputs go through the plain one.
+    """model.Attention in one kernel for a few new tokens a row, at positions that follow one another (the last may be
+    repeated); longer inputs go through the plain one.
 
     The context is split over programs by each row's own length, read on the device: cost follows the context, one
     compiled graph serves all lengths. The G query heads of a kv head share a program, so K and V are read once.
@@ -320,7 +323,7 @@ class FusedAttention(nn.Module):
         self.register_buffer("count", torch.zeros(4096, dtype=torch.int32, device=device), persistent=False)
 
     def forward(self, qkv: Tensor, rope, input_pos: Tensor, slots: Tensor | None) -> Tensor:
-        if slots is None or qkv.shape[1] != 1:
+        if slots is None or qkv.shape[1] * self.group > ATTEND_ROWS:
             return self.any_length(qkv, rope, input_pos, slots)
         norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
         eps, offset = (0.0, 0.0) if self.q_norm is None else (self.q_norm.eps, self.q_norm.offset)
@@ -359,7 +362,8 @@ def fuse(model: nn.Module) -> None:
 def _triton() -> SimpleNamespace:
     """Import Triton, define the kernels, register the operators hotloop::linear and hotloop::attend; once."""
     # Kernels look up what they use among the names of this module.
-    global tl, INTERPRETED, wait_for_input, four, byte_at, dp4a, largest, digits, by_place, head_norm
+    global tl, INTERPRETED, wait_for_input, four, byte_at, dp4a, largest, digits, by_place
+    global head_norm, rotated, attended
     import triton
     import triton.language as tl
     from triton.language.extra import cuda
@@ -627,94 +631,147 @@ def _triton() -> SimpleNamespace:
         return a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
 
     @triton.jit
-    def attend(
-        qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, S, scale, softcap, eps, offset, window,
-        K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr,
-        SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
-    ):  # fmt: skip
-        """Program (row b and kv head, split): its share of the context for all G query heads, two halves of D apart.
+    def rotated(a, b, cos, sin, weight, i, D: tl.constexpr, eps, offset, dtype: tl.constexpr):
+        """Halves of heads [R, D/2] each, normalized where there is a weight, and rotated; in the model's dtype."""
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        if weight is not None:
+            a, b = head_norm(a, b, weight, i, D, eps, offset, dtype)
+        return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
 
-        The program that holds the newest slot writes K and V there first. The last program of a kv head to finish
-        (counted by an atomic) combines the splits: a second kernel would cost a launch a layer.
+    @triton.jit
+    def attended(
+        q1, q2, k1, k2, v, seen, top, total, acc, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+    ):
+        """Online softmax: take some more keys [D/2, BS] twice and values [BS, D] into account, where seen [R, BS]."""
+        scores = tl.dot(q1, k1, input_precision=PRECISION) + tl.dot(q2, k2, input_precision=PRECISION)
+        scores *= scale
+        if SOFTCAP:  # softcap * tanh(scores / softcap)
+            scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
+        scores = tl.where(seen, scores, -float("inf"))
+        new = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new == -float("inf"), 0.0, new)  # rows that have seen nothing yet
+        e, fade = tl.exp(scores - base[:, None]), tl.exp(top - base)
+        acc = acc * fade[:, None] + tl.dot(e.to(v.dtype), v, input_precision=PRECISION)
+        return new, total * fade + tl.sum(e, 1), acc
+
+    @triton.jit
+    def attend(
+        qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, S, T, scale, softcap, eps, offset, window,
+        K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, TP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+        SP: tl.constexpr, BS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Program (row b and kv head, split): its share of the context for G query heads of T new tokens.
+
+        Keys and values of earlier steps are sent for before the input is waited for. The program of the last split
+        takes the new tokens from the input itself, and writes them to the cache. The last program of a kv head to
+        finish (counted by an atomic) combines the splits: a second kernel would cost a launch a layer.
         """
         b, kv, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
         dtype: tl.constexpr = k_cache.dtype.element_ty
         P: tl.constexpr = D // 2
-        wait_for_input(OVERLAP)
-        p = tl.load(pos + b)
+        p = tl.load(pos + b * T)  # of the first new token: the slots before it are attended to
         first = p * 0
         if WINDOW:
             first = tl.maximum(p + 1 - window, 0)
-        chunk = tl.cdiv(tl.cdiv(p + 1 - first, SPLITS), BS) * BS
+        chunk = tl.maximum(tl.cdiv(tl.cdiv(p - first, SPLITS), BS), 1) * BS
+        n = tl.maximum(tl.cdiv(p - first, chunk), 1)  # splits that have anything to do
         start = first + split * chunk
-        end = tl.minimum(start + chunk, p + 1)
-        if start < end:
-            g, i, d = tl.arange(0, GP), tl.arange(0, P), tl.arange(0, D)
-            mg = (g < G)[:, None]
-            row = qkv + b * (K * (G + 2) * D)
-            c, s = tl.load(cos + b * P + i)[None, :], tl.load(sin + b * P + i)[None, :]
-            head = (kv * G + g)[:, None]
-            qa = tl.load(row + head * D + i[None, :], mask=mg, other=0.0).to(tl.float32)
-            qb = tl.load(row + head * D + P + i[None, :], mask=mg, other=0.0).to(tl.float32)
-            if q_norm is not None:
-                qa, qb = head_norm(qa, qb, q_norm, i, D, eps, offset, dtype)
-            q1, q2 = (qa * c - qb * s).to(dtype), (qb * c + qa * s).to(dtype)
-            base = (b * K + kv).to(tl.int64) * S * D
-            if end == p + 1:
-                k_row = row + (K * G + kv) * D
-                ka, kb = tl.load(k_row + i)[None, :].to(tl.float32), tl.load(k_row + P + i)[None, :].to(tl.float32)
-                if k_norm is not None:
-                    ka, kb = head_norm(ka, kb, k_norm, i, D, eps, offset, dtype)
-                slot = base + p.to(tl.int64) * D
-                tl.store(k_cache + slot + i[None, :], (ka * c - kb * s).to(dtype))
-                tl.store(k_cache + slot + P + i[None, :], (kb * c + ka * s).to(dtype))
-                tl.store(v_cache + slot + d, tl.load(row + (K * G + K + kv) * D + d))
-                tl.debug_barrier()  # the loop below reads them back
-            top = tl.full([GP], -float("inf"), tl.float32)
-            total = tl.zeros([GP], tl.float32)
-            acc = tl.zeros([GP, D], tl.float32)
-            for t0 in tl.range(start, end, BS):
-                t = t0 + tl.arange(0, BS)
-                m = t < end
-                at = base + t.to(tl.int64) * D
-                k1 = tl.load(k_cache + at[None, :] + i[:, None], mask=m[None, :], other=0.0)
-                k2 = tl.load(k_cache + at[None, :] + P + i[:, None], mask=m[None, :], other=0.0)
-                v = tl.load(v_cache + at[:, None] + d[None, :], mask=m[:, None], other=0.0)
-                scores = tl.dot(q1, k1, input_precision=PRECISION) + tl.dot(q2, k2, input_precision=PRECISION)
-                scores *= scale
-                if SOFTCAP:  # softcap * tanh(scores / softcap)
-                    scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
-                scores = tl.where(m[None, :], scores, -float("inf"))
-                new = tl.maximum(top, tl.max(scores, 1))
-                e, fade = tl.exp(scores - new[:, None]), tl.exp(top - new)
-                total = total * fade + tl.sum(e, 1)
-                acc = acc * fade[:, None] + tl.dot(e.to(dtype), v, input_precision=PRECISION)
-                top = new
-            n = tl.cdiv(p + 1 - first, chunk)  # splits that have anything to do
-            out = y + (b * K * G + head) * D + d[None, :]
+        end = tl.minimum(start + chunk, p)
+        i, d, s = tl.arange(0, P), tl.arange(0, D), tl.arange(0, BS)
+        base = (b * K + kv).to(tl.int64) * S * D
+        at = base + (start + s).to(tl.int64) * D
+        m = start + s < end
+        k1 = tl.load(k_cache + at[None, :] + i[:, None], mask=m[None, :], other=0.0)
+        k2 = tl.load(k_cache + at[None, :] + P + i[:, None], mask=m[None, :], other=0.0)
+        v = tl.load(v_cache + at[:, None] + d[None, :], mask=m[:, None], other=0.0)
+        wait_for_input(OVERLAP)
+        if split < n:
+            r = tl.arange(0, R)  # token r // G, query head r % G of the kv head
+            mr = r < G * T
+            row_pos = tl.load(pos + b * T + r // G, mask=mr, other=0)
+            token = qkv + b * T * (K * (G + 2) * D)
+            q = token + ((r // G) * (K * (G + 2) * D) + (kv * G + r % G) * D)[:, None] + i[None, :]
+            angle = ((b * T + r // G) * P)[:, None] + i[None, :]
+            q1, q2 = rotated(
+                tl.load(q, mask=mr[:, None], other=0.0), tl.load(q + P, mask=mr[:, None], other=0.0),
+                tl.load(cos + angle, mask=mr[:, None], other=0.0), tl.load(sin + angle, mask=mr[:, None], other=0.0),
+                q_norm, i, D, eps, offset, dtype,
+            )  # fmt: skip
+            top = tl.full([R], -float("inf"), tl.float32)
+            total = tl.zeros([R], tl.float32)
+            acc = tl.zeros([R, D], tl.float32)
+            for t0 in tl.range(start, end, BS, num_stages=1):
+                slot = t0 + s
+                seen = mr[:, None] & (slot < end)[None, :]
+                if WINDOW:
+                    seen = seen & (slot[None, :] > row_pos[:, None] - window)
+                next_slot = slot + BS  # on their way while these are worked on
+                at = base + next_slot.to(tl.int64) * D
+                m = next_slot < end
+                next_k1 = tl.load(k_cache + at[None, :] + i[:, None], mask=m[None, :], other=0.0)
+                next_k2 = tl.load(k_cache + at[None, :] + P + i[:, None], mask=m[None, :], other=0.0)
+                next_v = tl.load(v_cache + at[:, None] + d[None, :], mask=m[:, None], other=0.0)
+                top, total, acc = attended(
+                    q1, q2, k1, k2, v, seen, top, total, acc, scale, softcap, SOFTCAP, PRECISION
+                )
+                k1, k2, v = next_k1, next_k2, next_v
+            if split == n - 1:
+                t = tl.arange(0, TP)
+                mt = t < T
+                new_pos = tl.load(pos + b * T + t, mask=mt, other=0)
+                before = tl.load(pos + b * T + t - 1, mask=mt & (t > 0), other=-1)
+                k = token + (t * (K * (G + 2) * D) + (K * G + kv) * D)[:, None]
+                turn = ((b * T + t) * P)[:, None] + i[None, :]
+                own_k1, own_k2 = rotated(
+                    tl.load(k + i[None, :], mask=mt[:, None], other=0.0),
+                    tl.load(k + P + i[None, :], mask=mt[:, None], other=0.0),
+                    tl.load(cos + turn, mask=mt[:, None], other=0.0),
+                    tl.load(sin + turn, mask=mt[:, None], other=0.0),
+                    k_norm, i, D, eps, offset, dtype,
+                )  # fmt: skip
+                own_v = tl.load(k + K * D + d[None, :], mask=mt[:, None], other=0.0)
+                own = (base + new_pos.to(tl.int64) * D)[:, None]
+                tl.store(k_cache + own + i[None, :], own_k1, mask=mt[:, None])
+                tl.store(k_cache + own + P + i[None, :], own_k2, mask=mt[:, None])
+                tl.store(v_cache + own + d[None, :], own_v, mask=mt[:, None])
+                # A token that only repeats the one before it is not seen twice.
+                own_seen = mr[:, None] & (mt & (new_pos != before))[None, :] & (new_pos[None, :] <= row_pos[:, None])
+                if WINDOW:
+                    own_seen = own_seen & (new_pos[None, :] > row_pos[:, None] - window)
+                top, total, acc = attended(
+                    q1, q2, tl.trans(own_k1), tl.trans(own_k2), own_v, own_seen, top, total, acc, scale, softcap,
+                    SOFTCAP, PRECISION,
+                )  # fmt: skip
+            out = y + (b * T + r // G)[:, None] * (K * G * D) + (kv * G + r % G)[:, None] * D + d[None, :]
             if n == 1:
-                tl.store(out, (acc / total[:, None]).to(y.dtype.element_ty), mask=mg)
+                total = tl.where(mr, total, 1.0)
+                tl.store(out, (acc / total[:, None]).to(y.dtype.element_ty), mask=mr[:, None])
             else:
-                cell = part + (b * K + kv) * SPLITS * GP * (D + 2)  # a split: acc [GP, D], top [GP], total [GP]
-                mine = cell + split * GP * (D + 2)
-                tl.store(mine + g[:, None] * D + d[None, :], acc)
-                tl.store(mine + GP * D + g, top)
-                tl.store(mine + GP * D + GP + g, total)
+                cell = part + (b * K + kv) * SPLITS * R * (D + 2)  # a split: acc [R, D], top [R], total [R]
+                mine = cell + split * R * (D + 2)
+                tl.store(mine + r[:, None] * D + d[None, :], acc, mask=mr[:, None])
+                tl.store(mine + R * D + r, top)
+                tl.store(mine + R * D + R + r, total)
                 tl.debug_barrier()  # all of the program's stores come before its arrival is counted
                 if tl.atomic_add(count + b * K + kv, 1, sem="acq_rel") == n - 1:
-                    top = tl.full([GP], -float("inf"), tl.float32)
-                    total = tl.zeros([GP], tl.float32)
-                    acc = tl.zeros([GP, D], tl.float32)
-                    for j in tl.range(0, n):
-                        theirs = cell + j * GP * (D + 2)
-                        top_j = tl.load(theirs + GP * D + g, cache_modifier=".cg")
-                        new = tl.maximum(top, top_j)
-                        fade, gain = tl.exp(top - new), tl.exp(top_j - new)
-                        total = total * fade + tl.load(theirs + GP * D + GP + g, cache_modifier=".cg") * gain
-                        a = tl.load(theirs + g[:, None] * D + d[None, :], cache_modifier=".cg")
-                        acc = acc * fade[:, None] + a * gain[:, None]
-                        top = new
-                    tl.store(out, (acc / total[:, None]).to(y.dtype.element_ty), mask=mg)
+                    j = tl.arange(0, SP)
+                    tops = cell + (j * R * (D + 2) + R * D)[:, None] + r[None, :]
+                    mj = (j < n)[:, None]
+                    top_j = tl.load(tops, mask=mj, other=-float("inf"), cache_modifier=".cg")
+                    top = tl.max(top_j, 0)
+                    top = tl.where(top == -float("inf"), 0.0, top)
+                    total_j = tl.load(tops + R, mask=mj, other=0.0, cache_modifier=".cg")
+                    total = tl.where(mr, tl.sum(total_j * tl.exp(top_j - top[None, :]), 0), 1.0)
+                    acc = tl.zeros([R, D], tl.float32)
+                    for other in tl.range(0, n, num_stages=3):
+                        theirs = cell + other * R * (D + 2)
+                        gain = tl.exp(tl.load(theirs + R * D + r, cache_modifier=".cg") - top)
+                        a = tl.load(
+                            theirs + r[:, None] * D + d[None, :], mask=mr[:, None], other=0.0, cache_modifier=".cg"
+                        )
+                        acc += a * gain[:, None]
+                    tl.store(out, (acc / total[:, None]).to(y.dtype.element_ty), mask=mr[:, None])
                     tl.store(count + b * K + kv, 0)
 
     library = torch.library.Library("hotloop", "FRAGMENT")
@@ -736,6 +793,6 @@ def _triton() -> SimpleNamespace:
 
     @torch.library.register_fake("hotloop::attend", lib=library)
     def attend_shape(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, *settings):
-        return qkv.new_empty(qkv.shape[0], 1, k_cache.shape[1] * group * k_cache.shape[3])
+        return qkv.new_empty(*qkv.shape[:2], k_cache.shape[1] * group * k_cache.shape[3])
 
     return SimpleNamespace(read_sum=read_sum, gemv=gemv, small=small, attend=attend, library=library)

@@ -116,8 +116,10 @@ else:
     FAMILIES = [{}, dict(qk_norm=True), dict(sliding_window=20), dict(attn_softcap=5.0), dict(n_heads=7, n_kv_heads=1)]
 
     @pytest.mark.parametrize("family", FAMILIES, ids=str)
-    @pytest.mark.parametrize("length", [1, 15, 16, 17, 100, 256])
-    def test_attend(family, length, monkeypatch):
+    @pytest.mark.parametrize(
+        "length, T", [(1, 1), (15, 1), (16, 1), (17, 1), (100, 1), (256, 1), (2, 2), (90, 5), (256, 8)]
+    )
+    def test_attend(family, length, T, monkeypatch):
         monkeypatch.setattr(kernels, "ATTEND_BLOCK", 16)  # several splits at these lengths
         size = dict(dim=128, n_layers=1, n_heads=8, n_kv_heads=2, head_dim=64, hidden_dim=64, vocab_size=9)
         args = m.ModelArgs(**{**size, "max_seq_len": 256, **family})
@@ -128,10 +130,12 @@ else:
         plain.cache.k.normal_()
         plain.cache.v.normal_()
         kernels._triton()
-        # two rows at different positions
-        pos = torch.tensor([[length - 1], [length // 2]], device=DEVICE)
+        # two rows at different positions, the second filled up by repeating its last token
+        pos = torch.stack([torch.arange(length - T, length), torch.arange(T).clamp_max(T // 2) + (length - T) // 2])
+        pos = pos.to(DEVICE)
         rope = m.RoPE(args).to(DEVICE)(pos)
-        qkv = torch.randn(2, 1, (args.n_heads + 2 * args.n_kv_heads) * 64, device=DEVICE)
+        qkv = torch.randn(2, T, (args.n_heads + 2 * args.n_kv_heads) * 64, device=DEVICE)
+        qkv[1, T // 2 :] = qkv[1, T // 2]
         k, v = plain.cache.k.clone(), plain.cache.v.clone()
         with torch.no_grad():
             expected = plain(qkv, rope, pos, torch.arange(256, device=DEVICE))
@@ -139,6 +143,7 @@ else:
             plain.cache.k.copy_(k)
             plain.cache.v.copy_(v)
             fused = kernels.FusedAttention(plain, DEVICE)
+            fused.any_length = None  # the kernel it must be
             assert relative(fused(qkv, rope, pos, torch.arange(256, device=DEVICE)), expected) < 2e-6
         torch.testing.assert_close(fused.cache.k, written[0], atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(fused.cache.v, written[1], atol=0, rtol=0)
@@ -157,6 +162,6 @@ else:
             fused.setup_caches(batch, 40)
             tokens = torch.randint(0, 99, (batch, 20), device=DEVICE)
             pos = torch.arange(20, device=DEVICE).expand(batch, -1)
-            for a, b in [(0, 17), (17, 18), (18, 19), (19, 20)]:
+            for a, b in [(0, 12), (12, 17), (17, 18), (18, 19), (19, 20)]:
                 expected = plain(tokens[:, a:b], pos[:, a:b])
                 assert relative(fused(tokens[:, a:b], pos[:, a:b]), expected) < 5e-6
