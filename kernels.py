@@ -1,7 +1,7 @@
 """Triton kernels for decoding on a GPU, each beside its plain PyTorch reference, behind one function.
 
-    linear      x [..., K] through a weight as it is stored (bf16, int8, fp8, int4), streamed once for up to 16 rows;
-                for one row with RMSNorm before it and bias, gate or residual add after it in the same kernel
+    linear      x [..., K] through a weight as it is stored (bf16, int8, fp8, int4), streamed once for up to 16 rows,
+                with RMSNorm before it and bias, gate or residual add after it in the same kernel
     attend      a few new tokens a row: RoPE, the write to the KV cache, and attention split over the context
     read_sum    reads memory and does nothing else: the bandwidth that all of this is measured against
 
@@ -159,35 +159,55 @@ def _overlaps(device: torch.device) -> bool:
 
 
 def _linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> Tensor:
-    """The operator hotloop::linear: `linear_reference` in one kernel; norm, bias and so on for one row only."""
+    """The operator hotloop::linear: `linear_reference` in one kernel, for up to 16 rows."""
     K = x.shape[-1]
     M, N = x.numel() // K, weight.shape[0] // (2 if activation else 1)
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     kind = KINDS.get(weight.dtype, "float")
     group = K // scale.shape[1] if kind == "int4" else 0
-    if M > 1:
-        BN, BK = 64, 128
-        _triton().small[(-(-N // BN),)](
-            x, weight, scale, y, M, N, K, KIND=kind, GROUP=group, BM=16, BN=BN, BK=BK, num_warps=4, num_stages=4
-        )
-        return y
-    warps, rows, stages = next(c for limit, c in CONFIGS[kind].items() if limit >= min(K, 32768))
-    rows = max(1, rows // 2) if activation else rows
     overlap = _overlaps(x.device)
-    arguments = (x, weight if kind == "float" else weight.view(torch.int32), scale, bias, norm, residual, y, N, K, eps)
-    settings = dict(
-        KIND=kind, GROUP=group, ACTIVATION=activation, EXACT=x.dtype == torch.float32, PACKED=x.dtype == torch.bfloat16,
-        BN=rows, BK=1 << (K - 1).bit_length(), STAGES=stages, OVERLAP=overlap, num_warps=warps, launch_pdl=overlap,
-    )  # fmt: skip
-    key = (x.device, x.dtype, kind, N, K, group, activation, bias is None, norm is None, residual is None)
+    settings = dict(KIND=kind, GROUP=group, ACTIVATION=activation, OVERLAP=overlap, launch_pdl=overlap)
+    if M == 1:
+        warps, rows, stages = next(c for limit, c in CONFIGS[kind].items() if limit >= min(K, 32768))
+        rows = max(1, rows // 2) if activation else rows
+        words = weight if kind == "float" else weight.view(torch.int32)
+        arguments = (x, words, scale, bias, norm, residual, y, N, K, eps, offset)
+        settings |= dict(
+            EXACT=x.dtype == torch.float32, PACKED=x.dtype == torch.bfloat16, BN=rows, BK=1 << (K - 1).bit_length(),
+            STAGES=stages, num_warps=warps,
+        )  # fmt: skip
+        kernel, tiles, BM = _triton().gemv, -(-N // rows), 1
+    else:
+        BM, (warps, BN, BK, stages) = 8 if M <= 8 else 16, SMALL_CONFIGS[kind]
+        part, count = _workspace(x.device)
+        data = weight.view(torch.uint8) if kind == "fp8" else weight
+        arguments = (x.contiguous(), data, scale, bias, norm, residual, y, part, count, M, N, K, eps, offset)
+        tricks = x.dtype == torch.bfloat16 and x.is_cuda
+        settings |= dict(BM=BM, BN=BN, BK=group or BK, STAGES=stages, TRICKS=tricks, num_warps=warps)
+        kernel, tiles = _triton().small, -(-weight.shape[0] // BN) * -(-K // (group or BK))
+    key = (x.device, x.dtype, BM, kind, N, K, group, activation, bias is None, norm is None, residual is None)
     if key not in _programs:
-        compiled = _triton().gemv.warmup(*arguments, offset, **settings, grid=(1,)) if x.is_cuda else None
-        _programs[key] = programs_for(compiled, -(-N // rows), x.device)
-    _triton().gemv[(_programs[key],)](*arguments, offset, **settings)
+        compiled = kernel.warmup(*arguments, **settings, grid=(1,)) if x.is_cuda else None
+        _programs[key] = programs_for(compiled, tiles, x.device)
+    kernel[(_programs[key],)](*arguments, **settings)
     return y
 
 
-_programs: dict[tuple, int] = {}  # of `gemv`, by all that its compiled form and its work depend on
+# Of `small`: warps, rows of W and columns at a time (of int4 a group), pipeline stages.
+SMALL_CONFIGS = {"float": (8, 64, 128, 4), "int8": (4, 64, 256, 4), "fp8": (4, 64, 256, 3), "int4": (8, 512, 0, 4)}
+
+
+@functools.cache
+def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the programs of `small` leave for one another; the kernels of a device run one after another.
+
+    Room for two tiles [512, 16] of 8 programs a multiprocessor, and for a count a tile, which the kernel leaves zero.
+    """
+    n = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return torch.empty(n * 8 * 2 * 512 * 16, device=device), torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
+_programs: dict[tuple, int] = {}  # by all that a kernel's compiled form and its work depend on
 
 
 def programs_for(compiled, tiles: int, device: torch.device) -> int:
@@ -243,9 +263,9 @@ def stored(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return linear.weight, getattr(linear, "scale", None) if words is None else words
 
 
-def one_row(x: Tensor) -> bool:
-    """Whether x is a single vector."""
-    return x.numel() == x.shape[-1]
+def few_rows(x: Tensor) -> bool:
+    """Whether x has so few rows that its linears stream their weights."""
+    return x.numel() // x.shape[-1] <= SMALL_M
 
 
 class FusedLinear(nn.Linear):
@@ -257,20 +277,20 @@ class FusedLinear(nn.Linear):
         self.weight, self.bias = plain.weight, plain.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None and x.numel() // x.shape[-1] <= SMALL_M:
-            return linear(x, self.weight)
-        return F.linear(x, self.weight, self.bias)
+        if not few_rows(x):
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.hotloop.linear(x, self.weight, None, self.bias, None, None, 0.0, 0.0, "")
 
 
 class FusedNormLinear(nn.Module):
-    """norm -> linear; in one kernel for one row. Made from model.NormLinear."""
+    """norm -> linear, in one kernel for few rows. Made from model.NormLinear."""
 
     def __init__(self, plain: nn.Module):
         super().__init__()
         self.norm, self.linear = plain.norm, plain.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if not one_row(x):
+        if not few_rows(x):
             return self.linear(self.norm(x))
         n = self.norm
         return torch.ops.hotloop.linear(
@@ -279,14 +299,14 @@ class FusedNormLinear(nn.Module):
 
 
 class FusedNormGateUp(nn.Module):
-    """norm -> gate and up -> act(gate) * up; in one kernel for one row. Made from model.NormGateUp."""
+    """norm -> gate and up -> act(gate) * up, in one kernel for few rows. Made from model.NormGateUp."""
 
     def __init__(self, plain: nn.Module, activation: str):
         super().__init__()
         self.norm, self.linear, self.activation, self.name = plain.norm, plain.linear, plain.activation, activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if not one_row(x):
+        if not few_rows(x):
             gate, up = self.linear(self.norm(x)).chunk(2, dim=-1)
             return self.activation(gate) * up
         n = self.norm
@@ -296,14 +316,14 @@ class FusedNormGateUp(nn.Module):
 
 
 class FusedLinearResidual(nn.Module):
-    """x + linear(y); in one kernel for one row. Made from model.LinearResidual without a post_norm."""
+    """x + linear(y), in one kernel for few rows. Made from model.LinearResidual without a post_norm."""
 
     def __init__(self, plain: nn.Module):
         super().__init__()
         self.linear = plain.linear
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        if not one_row(y):
+        if not few_rows(y):
             return x + self.linear(y)
         return torch.ops.hotloop.linear(y, *stored(self.linear), self.linear.bias, None, x, 0.0, 0.0, "")
 
@@ -363,7 +383,7 @@ def _triton() -> SimpleNamespace:
     """Import Triton, define the kernels, register the operators hotloop::linear and hotloop::attend; once."""
     # Kernels look up what they use among the names of this module.
     global tl, INTERPRETED, wait_for_input, four, byte_at, dp4a, largest, digits, by_place
-    global head_norm, rotated, attended
+    global activated, as_numbers, centered_nibbles, weight_rows, finish, arrive, head_norm, rotated, attended
     import triton
     import triton.language as tl
     from triton.language.extra import cuda
@@ -453,6 +473,17 @@ def _triton() -> SimpleNamespace:
         return tl.inline_asm_elementwise(
             asm, "=r,=r,=r,r,r,r,r", [t0, t1, t2, t3], dtype=(tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
         )
+
+    @triton.jit
+    def activated(v, ACTIVATION: tl.constexpr):
+        if ACTIVATION == "silu":
+            v = v / (1 + tl.exp(-v))
+        elif ACTIVATION == "gelu_tanh":
+            e = tl.exp(1.5957691216057308 * (v + 0.044715 * v * v * v))  # 2 sqrt(2 / pi)
+            v = v * (1 - 1 / (e + 1))
+        else:
+            v = 0.5 * v * (1 + tl.erf(v * 0.7071067811865476))
+        return v
 
     @triton.jit
     def gemv(
@@ -567,60 +598,193 @@ def _triton() -> SimpleNamespace:
                 d += tl.load(bias + rows).to(tl.float32)
             if ACTIVATION != "":
                 gate, up = tl.split(tl.reshape(d, [BN, 2]))
-                if ACTIVATION == "silu":
-                    gate = gate / (1 + tl.exp(-gate))
-                elif ACTIVATION == "gelu_tanh":
-                    e = tl.exp(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))  # 2 sqrt(2 / pi)
-                    gate = gate * (1 - 1 / (e + 1))
-                else:
-                    gate = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-                d = gate * up
+                d = activated(gate, ACTIVATION) * up
             if residual is not None:
                 d += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
             tl.store(y + n, d.to(y.dtype.element_ty), mask=n < N)
 
-    @triton.jit(do_not_specialize=["M"])  # one program for all numbers of rows
-    def small(
-        x, w, scale, y, M, N, K: tl.constexpr,
-        KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    # In what follows, a branch that is not taken must not be reached either: Triton compiles what comes after a return.
+    @triton.jit
+    def as_numbers(q, dtype: tl.constexpr, KIND: tl.constexpr, TRICKS: tl.constexpr):
+        """A tile of weights, int8 or e4m3 as bytes, in the dtype of x; the scale is left for the sums.
+
+        TRICKS: to bf16 by moving bits, several to an instruction, where conversions would be the slowest part.
+        """
+        if KIND == "float":
+            v = q.to(dtype)
+        elif TRICKS:
+            if KIND == "int8":  # 128 + the low seven bits, minus 128 or 256 by the sign bit: the same bits, two masks
+                asm: tl.constexpr = """{ .reg .b32 p, r, s, t, minus_one;
+                    mov.b32 minus_one, 0xBF80BF80; prmt.b32 p, $2, 0, 0x4140; prmt.b32 r, $2, 0, 0x4342;
+                    lop3.b32 s, p, 0x00800080, 0x43004300, 0xEA; lop3.b32 t, r, 0x00800080, 0x43004300, 0xEA;
+                    lop3.b32 p, p, 0x007F007F, 0x43004300, 0xEA; lop3.b32 r, r, 0x007F007F, 0x43004300, 0xEA;
+                    fma.rn.bf16x2 $0, s, minus_one, p; fma.rn.bf16x2 $1, t, minus_one, r; }"""
+            else:  # sign, exponent and mantissa moved to bf16's places, and 2^120 for what the exponents then differ by
+                asm: tl.constexpr = """{ .reg .b32 a, b, s, t, k, z;
+                    mov.b32 k, 0x7B807B80; mov.b32 z, 0x80008000;
+                    prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424; shr.b32 s, a, 4; shr.b32 t, b, 4;
+                    and.b32 s, s, 0x07F007F0; and.b32 t, t, 0x07F007F0;
+                    lop3.b32 a, a, z, s, 0xEA; lop3.b32 b, b, z, t, 0xEA;
+                    fma.rn.bf16x2 $0, a, k, z; fma.rn.bf16x2 $1, b, k, z; }"""
+            v = tl.inline_asm_elementwise(asm, "=r,=r,r", [q], dtype=tl.bfloat16, is_pure=True, pack=4)
+        elif KIND == "int8":
+            v = q.to(dtype)
+        else:
+            v = q.to(tl.float8e4nv, bitcast=True).to(dtype)
+        return v
+
+    @triton.jit
+    def centered_nibbles(q, dtype: tl.constexpr, TRICKS: tl.constexpr):
+        """Bytes of two nibbles -> (low - 8, high - 8)."""
+        if TRICKS:
+            asm: tl.constexpr = """{ .reg .b32 p, r, s, t, one, k;
+                mov.b32 one, 0x3F803F80; mov.b32 k, 0xC308C308;
+                prmt.b32 p, $4, 0, 0x4140; prmt.b32 r, $4, 0, 0x4342; shr.b32 s, p, 4; shr.b32 t, r, 4;
+                lop3.b32 p, p, 0x000F000F, 0x43004300, 0xEA; lop3.b32 r, r, 0x000F000F, 0x43004300, 0xEA;
+                lop3.b32 s, s, 0x000F000F, 0x43004300, 0xEA; lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
+                fma.rn.bf16x2 $0, p, one, k; fma.rn.bf16x2 $1, r, one, k;
+                fma.rn.bf16x2 $2, s, one, k; fma.rn.bf16x2 $3, t, one, k; }"""
+            low, high = tl.inline_asm_elementwise(
+                asm, "=r,=r,=r,=r,r", [q], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            )
+        else:
+            low, high = ((q & 15).to(tl.int8) - 8).to(dtype), ((q >> 4).to(tl.int8) - 8).to(dtype)
+        return low, high
+
+    @triton.jit
+    def weight_rows(tile, N, ACTIVATION: tl.constexpr, BN: tl.constexpr):
+        """The rows of W in a tile: BN outputs, or gate and up of half as many in turn. N outputs."""
+        r = tl.arange(0, BN)
+        if ACTIVATION != "":
+            return tl.minimum(tile * (BN // 2) + r // 2, N - 1) + (r % 2) * N
+        return tl.minimum(tile * BN + r, N - 1)
+
+    @triton.jit
+    def finish(
+        acc, tile, scale, bias, residual, y, M, N, KIND: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
+        BN: tl.constexpr,
     ):  # fmt: skip
-        """2 ... BM rows: tensor cores, with the weights as the tall operand and the rows padded to BM."""
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
-        rows = tl.minimum(n, N - 1).to(tl.int64)
-        m = tl.arange(0, BM)
-        acc = tl.zeros([BN, BM], tl.float32)
-        if KIND == "int4":
-            H: tl.constexpr = GROUP // 2  # bytes a group
-            BG: tl.constexpr = BK // GROUP
-        for k0 in tl.range(0, K, BK):
-            if KIND == "int4":
-                group = k0 // GROUP + tl.arange(0, BG)
-                mg = group < K // GROUP
-                j = group[:, None] * H + tl.arange(0, H)[None, :]
-                mj = mg[:, None] & (j >= 0)
-                q = tl.load(w + rows[:, None, None] * (K // 2) + j[None, :, :], mask=mj[None, :, :], other=0)
-                at = rows[:, None] * (K // GROUP) + group[None, :]
-                sz = tl.load(scale + at, mask=mg[None, :], other=0)
-                s = (sz & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)[:, :, None]
-                z = (sz >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)[:, :, None]
-                low = tl.reshape((((q & 15).to(tl.float32) - z) * s).to(x.dtype.element_ty), [BN, BK // 2])
-                high = tl.reshape((((q >> 4).to(tl.float32) - z) * s).to(x.dtype.element_ty), [BN, BK // 2])
-                c = k0 + 2 * tl.arange(0, BK // 2)
-                mask = (m < M)[None, :] & (c < K)[:, None]
-                even = x + m[None, :] * K + c[:, None]
-                acc = tl.dot(low, tl.load(even, mask=mask, other=0.0), acc, input_precision="ieee")
-                acc = tl.dot(high, tl.load(even + 1, mask=mask, other=0.0), acc, input_precision="ieee")
-            else:
-                k = k0 + tl.arange(0, BK)
-                q = tl.load(w + rows[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-                mask = (m < M)[None, :] & (k < K)[:, None]
-                rhs = tl.load(x + m[None, :] * K + k[:, None], mask=mask, other=0.0)
-                acc = tl.dot(q.to(x.dtype.element_ty), rhs, acc, input_precision="ieee")
+        """Sums [BN, BM] of a tile -> scale, bias, activation or residual, and out."""
+        rows, m = weight_rows(tile, N, ACTIVATION, BN), tl.arange(0, BM)
         if scale is not None and KIND != "int4":
             acc *= tl.load(scale + rows)[:, None]
-        tl.store(
-            y + m[None, :] * N + n[:, None], acc.to(y.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :]
-        )
+        if bias is not None:
+            acc += tl.load(bias + rows).to(tl.float32)[:, None]
+        if ACTIVATION != "":
+            gate, up = tl.split(tl.permute(tl.reshape(acc, [BN // 2, 2, BM]), [0, 2, 1]))
+            acc = activated(gate, ACTIVATION) * up
+            n = tile * (BN // 2) + tl.arange(0, BN // 2)
+        else:
+            n = tile * BN + tl.arange(0, BN)
+        at, mask = m[None, :] * N + n[:, None], (n < N)[:, None] & (m < M)[None, :]
+        if residual is not None:
+            acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + at, acc.to(y.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def arrive(
+        part, count, tile, done, per, scale, bias, residual, y, M, N, STEPS: tl.constexpr, KIND: tl.constexpr,
+        ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ):  # fmt: skip
+        """Count `done` steps of a tile that several programs share; the last of them to arrive adds their parts."""
+        if tl.atomic_add(count + tile, done, sem="acq_rel") + done == STEPS:
+            r, m = tl.arange(0, BN), tl.arange(0, BM)
+            acc = tl.zeros([BN, BM], tl.float32)
+            for j in tl.range(tile * STEPS // per, (tile * STEPS + STEPS - 1) // per + 1):
+                theirs = part + (j * 2 + (tile != j * per // STEPS).to(tl.int32)) * BN * BM
+                acc += tl.load(
+                    theirs + r[:, None] * BM + m[None, :], mask=(m < M)[None, :], other=0.0, cache_modifier=".cg"
+                )
+            tl.store(count + tile, 0)
+            finish(acc, tile, scale, bias, residual, y, M, N, KIND, ACTIVATION, BM, BN)
+
+    @triton.jit(do_not_specialize=["M"])  # one program for all numbers of rows
+    def small(
+        x, w, scale, bias, norm, residual, y, part, count, M, N, K: tl.constexpr, eps, offset, KIND: tl.constexpr,
+        GROUP: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        STAGES: tl.constexpr, OVERLAP: tl.constexpr, TRICKS: tl.constexpr,
+    ):  # fmt: skip
+        """2 ... BM rows: tensor cores, with the weights as the tall operand and the rows of x padded to BM.
+
+        Stream-K (arXiv 2301.03598): the tiles of BN rows of W, of STEPS steps each, are one sequence that is cut into
+        equal shares, one a program, so that small matrices fill the GPU too. A tile that is shared is left in `part`,
+        and finished by the last of its programs. A step is BK columns of W; of int4 one group.
+        """
+        STEPS: tl.constexpr = (K + BK - 1) // BK
+        EVEN: tl.constexpr = K % BK == 0
+        dtype: tl.constexpr = x.dtype.element_ty
+        steps = tl.cdiv(N * (2 if ACTIVATION != "" else 1), BN) * STEPS
+        per = tl.cdiv(steps, tl.num_programs(0))
+        start = tl.program_id(0) * per
+        end = tl.minimum(start + per, steps)
+        r, m, k = tl.arange(0, BN), tl.arange(0, BM), tl.arange(0, BK)
+        mm = m < M
+        wait_for_input(OVERLAP)
+        if start < end:
+            inv = tl.full([BM], 1.0, tl.float32)
+            if norm is not None:
+                squares = tl.zeros([BM, 512], tl.float32)
+                for k0 in tl.range(0, K, 512, num_stages=4):
+                    c = k0 + tl.arange(0, 512)
+                    v = tl.load(x + m[:, None] * K + c[None, :], mask=mm[:, None] & (c < K)[None, :], other=0.0)
+                    squares += v.to(tl.float32) * v.to(tl.float32)
+                inv = tl.rsqrt(tl.sum(squares, 1) / K + eps)
+            mine = part + tl.program_id(0) * 2 * BN * BM + r[:, None] * BM + m[None, :]
+            acc = tl.zeros([BN, BM], tl.float32)
+            for u in tl.range(start, end, num_stages=STAGES):
+                tile, step = u // STEPS, u % STEPS
+                rows = weight_rows(tile, N, ACTIVATION, BN).to(tl.int64)
+                if KIND == "int4":
+                    H: tl.constexpr = GROUP // 2
+                    h = tl.arange(0, H)
+                    q = tl.load(w + rows[:, None] * (K // 2) + step * H + h[None, :])
+                    sz = tl.load(scale + rows * (K // GROUP) + step)
+                    c = step * GROUP + 2 * h
+                    even = tl.load(x + m[None, :] * K + c[:, None], mask=mm[None, :], other=0.0)
+                    odd = tl.load(x + m[None, :] * K + c[:, None] + 1, mask=mm[None, :], other=0.0)
+                    if norm is not None:
+                        n0 = (tl.load(norm + c).to(tl.float32) + offset)[:, None] * inv[None, :]
+                        n1 = (tl.load(norm + c + 1).to(tl.float32) + offset)[:, None] * inv[None, :]
+                        even, odd = (even.to(tl.float32) * n0).to(dtype), (odd.to(tl.float32) * n1).to(dtype)
+                    low, high = centered_nibbles(q, dtype, TRICKS)
+                    ones = tl.full([BN, H], 1.0, dtype)  # the sum of x, where the tensor cores leave the products
+                    d = tl.dot(high, odd, tl.dot(low, even, input_precision="ieee"), input_precision="ieee")
+                    sum_x = tl.dot(ones, odd, tl.dot(ones, even, input_precision="ieee"), input_precision="ieee")
+                    s = (sz & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+                    z = (sz >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) - 8
+                    acc += s[:, None] * (d - z[:, None] * sum_x)
+                else:
+                    c = step * BK + k
+                    if EVEN:
+                        q = tl.load(w + rows[:, None] * K + c[None, :])
+                        v = tl.load(x + m[None, :] * K + c[:, None], mask=mm[None, :], other=0.0)
+                    else:
+                        q = tl.load(w + rows[:, None] * K + c[None, :], mask=(c < K)[None, :], other=0)
+                        v = tl.load(x + m[None, :] * K + c[:, None], mask=mm[None, :] & (c < K)[:, None], other=0.0)
+                    if norm is not None:
+                        weight = (tl.load(norm + c, mask=c < K, other=0.0).to(tl.float32) + offset)[:, None]
+                        v = (v.to(tl.float32) * weight * inv[None, :]).to(dtype)
+                    acc = tl.dot(as_numbers(q, dtype, KIND, TRICKS), v, acc, input_precision="ieee")
+                if step == STEPS - 1:
+                    if u - STEPS + 1 >= start:
+                        finish(acc, tile, scale, bias, residual, y, M, N, KIND, ACTIVATION, BM, BN)
+                    else:
+                        tl.store(mine, acc, mask=mm[None, :])
+                    acc = tl.zeros([BN, BM], tl.float32)
+            head, tail = start // STEPS, (end - 1) // STEPS
+            if end % STEPS != 0:
+                tl.store(mine + (tail != head).to(tl.int32) * BN * BM, acc, mask=mm[None, :])
+            tl.debug_barrier()  # all of the program's stores come before its arrival is counted
+            if (start % STEPS != 0) | ((head == tail) & (end % STEPS != 0)):
+                done = tl.minimum(end, head * STEPS + STEPS) - start
+                arrive(
+                    part, count, head, done, per, scale, bias, residual, y, M, N, STEPS, KIND, ACTIVATION, BM, BN
+                )
+            if (tail != head) & (end % STEPS != 0):
+                done = end - tail * STEPS
+                arrive(
+                    part, count, tail, done, per, scale, bias, residual, y, M, N, STEPS, KIND, ACTIVATION, BM, BN
+                )
 
     @triton.jit
     def head_norm(a, b, weight, i, D: tl.constexpr, eps, offset, dtype: tl.constexpr):
