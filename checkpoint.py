@@ -310,6 +310,7 @@ def build_model(
         if isinstance(module, QuantLinear):
             module.pack()
     (kernels_cpu if model.tok_embeddings.weight.is_cpu else kernels).fuse(model)
+    tp.choose_all_reduce(args.dim, model.tok_embeddings.weight.dtype, model.tok_embeddings.weight.device)
     return model
 
 
