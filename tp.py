@@ -130,6 +130,7 @@ class Ranks:
 
 
 _ranks: Ranks | None = None
+_program = "hotloop"  # who speaks in a line on stderr
 
 
 def current() -> Ranks | None:
@@ -174,7 +175,7 @@ class Lifeline:
 
     def __init__(self, ranks: Ranks):
         self.rank, self.world, self.closing = ranks.rank, ranks.world, False
-        self.program, self.stderr = "hotloop", sys.__stderr__
+        self.stderr = sys.__stderr__
         self.failed: dict[int, tuple[int, str]] = {}  # rank -> (exit code, reason)
         self.lock, self.parent = threading.Lock(), os.getppid()
         self.peers: dict[socket.socket, int] = {}
@@ -271,7 +272,7 @@ class Lifeline:
         with self.lock:
             if line and self.rank in (0, 1):  # rank 1 tells of rank 0's death
                 with contextlib.suppress(OSError, ValueError):
-                    print(f"{self.program}: {line}", file=self.stderr, flush=True)
+                    print(f"{_program}: {line}", file=self.stderr, flush=True)
             if self.rank == 0:
                 with contextlib.suppress(OSError):
                     self._send({"kind": "end", "code": code})
@@ -307,10 +308,11 @@ def one_voice(program: str) -> Iterator[None]:
     Exit codes are those of one process: 2 for bad input (ValueError) and memory that does not suffice, 130 for Ctrl-C,
     1 for what nobody foresaw. Under one process it does nothing.
     """
+    global _program
     if not under_torchrun():
         yield
         return
-    loud = os.environ["RANK"] == "0"
+    _program, loud = program, os.environ["RANK"] == "0"
     if not loud:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
@@ -330,12 +332,13 @@ def one_voice(program: str) -> Iterator[None]:
     except Exception as error:  # a defect, or a collective whose partner is gone
         code, detail = 1, "\n" + traceback.format_exc()
         reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-    if _ranks is None:
-        if loud and reason:
-            print(f"{program}: {reason}{detail}", file=sys.stderr)
-        sys.exit(code)
-    _ranks.lifeline.program = program
-    _ranks.lifeline.fail(code, reason, detail)
+    if _ranks is not None:
+        _ranks.lifeline.fail(code, reason, detail)
+    if not loud and code:
+        time.sleep(5)  # rank 0 is about to say the same, and the launcher ends all when the first is gone
+    if reason:
+        print(f"{program}: {reason}{detail}", file=sys.stderr if loud else sys.__stderr__)
+    sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------- collectives
