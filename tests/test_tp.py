@@ -78,9 +78,9 @@ def outputs(directory: Path, dtype: str, recipe: dict | None, thorough: bool) ->
         logits = model(tokens)
     # Each decoded step costs many collectives, and ranks share cores here: sampling from gathered logits and with a
     # repetition penalty, which has to know its part of the seen tokens, are tried on some models only.
-    jobs = [(PROMPTS, 6, {}, True), (PROMPTS[:1], 3, {}, True)]
+    jobs = [(PROMPTS, 4, {}, True), (PROMPTS[:1], 3, {}, True)]
     if thorough:
-        jobs += [(PROMPTS, 6, {}, False), *((PROMPTS, 10, {"repetition_penalty": 1.3}, s) for s in (False, True))]
+        jobs += [(PROMPTS, 4, {}, False), *((PROMPTS, 10, {"repetition_penalty": 8.0}, s) for s in (False, True))]
     greedy = []
     for prompts, new, settings, shard in jobs:
         sampler = Sampler(**settings)
@@ -229,7 +229,7 @@ def test_equals_one_process(name, world, ranks, alone):
         for tokens, theirs in zip(got["greedy"], expected["greedy"], strict=True):
             assert not exact or torch.equal(tokens, theirs)
         assert not exact or len(set(expected["greedy"][0].flatten().tolist())) > 3
-        assert name not in THOROUGH or not torch.equal(got["greedy"][4][:, :6], got["greedy"][0])  # the penalty counts
+        assert name not in THOROUGH or not torch.equal(got["greedy"][4][:, :4], got["greedy"][0])  # the penalty counts
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -345,6 +345,7 @@ def test_mistakes_in_shapes_are_told(directories, monkeypatch, tmp_path):
 
 # ----------------------------------------------------------------------------------------- programs under torchrun
 ONE = ["--max_new_tokens", "12", "--temperature", "0", "--dtype", "fp32"]
+TEXT = ["--prompt", "class Stack:", "--prompt", "def add(a, b):", "--stop", "Stack"]
 LONG = ["--max_new_tokens", "3000", "--ignore_eos", "--dtype", "fp32"]
 
 
@@ -423,7 +424,7 @@ def two_agents(*argv) -> tuple:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """name -> the outcome of each program run, two at a time."""
+    """A function of a name: the outcome of that program run. All are started, two at a time."""
     folder = tmp_path_factory.mktemp("runs")
     truncated, other = folder / "truncated", folder / "other"
     for copy in (truncated, other):
@@ -444,15 +445,13 @@ def runs(tmp_path_factory):
         )
 
     jobs = {
-        "text": lambda: torchrun(*ONE, "--prompt", "class Stack:", "--prompt", "def add(a, b):", "--json"),
-        "stop": lambda: torchrun(*ONE, "--prompt", "class Stack:", "--num_samples", "2", "--stop", "class", "--json"),
-        "chat": lambda: torchrun(*ONE, "--interactive", "--json", stdin="hello\nclass A:\n", nproc=4),
-        "agents": lambda: two_agents(*ONE, "--prompt", "class Stack:", "--json"),
+        "text": lambda: torchrun(*ONE, *TEXT, "--json"),
+        "chat": lambda: torchrun(*ONE, "--interactive", "--json", stdin="hello\nclass A:\n"),
+        "agents": lambda: two_agents(*ONE, *TEXT, "--json"),
         "eval": lambda: torchrun("--limit_tokens", "300", "--dtype", "fp32", "--json", script=ROOT / "eval.py"),
         "benchmark": lambda: torchrun("--checkpoint_path", "demo", "--device", "cpu", "--new_tokens", "4", "--runs",
                                       "1", "--no_compile", "--json", "--dtype", "fp32", script=ROOT / "benchmark.py"),
         "kill 1 load": sabotaged(1, "load"),
-        "kill 0 load": sabotaged(0, "load"),
         "kill 1 prefill": sabotaged(1, "prefill"),
         "kill 1 decode": sabotaged(1, "decode"),
         "kill 0 decode": sabotaged(0, "decode"),
@@ -462,13 +461,11 @@ def runs(tmp_path_factory):
         "other 1": sabotaged(1, other),
         "interrupt": lambda: torchrun(*LONG, after=(6, signal.SIGINT)),
         "heads": lambda: torchrun(*ONE, nproc=3),
-        "mps": lambda: torchrun(*ONE, "--device", "mps"),
         "flag": lambda: torchrun("--nonsense"),
-        "directory": lambda: torchrun(*ONE, "--checkpoint_path", folder / "none"),
     }  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
         futures = {name: pool.submit(job) for name, job in jobs.items()}
-        yield {name: future.result() for name, future in futures.items()}
+        yield lambda name: futures[name].result()
 
 
 def one(*argv, script="generate.py", stdin="") -> dict:
@@ -481,35 +478,32 @@ def one(*argv, script="generate.py", stdin="") -> dict:
 
 
 def test_the_programs_just_work(runs):
-    text = one(*ONE, "--prompt", "class Stack:", "--prompt", "def add(a, b):")
-    for name in ("text", "stop", "chat", "eval", "benchmark"):
-        assert runs[name].rc == 0, runs[name].err
-    got = runs["text"].out.splitlines()
+    text = one(*ONE, *TEXT)
+    for name in ("text", "chat", "eval", "benchmark"):
+        assert runs(name).rc == 0, runs(name).err
+    got = runs("text").out.splitlines()
     assert got[:-1] == text["out"]  # once, not once a rank
     assert [s["tokens"] for s in json.loads(got[-1])["samples"]] == [s["tokens"] for s in text["samples"]]
-    agents = runs["agents"]
+    agents = runs("agents")
     assert [a.rc for a in agents] == [0, 0], agents[0].err + agents[1].err
     (out,) = (a.out for a in agents if a.out)  # one of the two speaks
-    assert json.loads(out.splitlines()[-1])["samples"][0]["tokens"] == text["samples"][0]["tokens"]
+    assert [s["tokens"] for s in json.loads(out.splitlines()[-1])["samples"]] == [s["tokens"] for s in text["samples"]]
+    assert [s["finish_reason"] for s in text["samples"]] == ["stop", "length"]  # both, or stop strings are not tried
 
 
-def test_stop_strings_and_chat(runs):
-    stop = json.loads(runs["stop"].out.splitlines()[-1])
-    expected = one(*ONE, "--prompt", "class Stack:", "--num_samples", "2", "--stop", "class")
-    assert stop["finish_reason"] == "stop" and len(stop["samples"]) == 2
-    assert [s["tokens"] for s in stop["samples"]] == [s["tokens"] for s in expected["samples"]]
-    chat = json.loads(runs["chat"].out.splitlines()[-1])
+def test_chat(runs):
+    chat = json.loads(runs("chat").out.splitlines()[-1])
     expected = one(*ONE, "--interactive", stdin="hello\nclass A:\n")
     assert len(chat["samples"]) == 2
     assert [s["tokens"] for s in chat["samples"]] == [s["tokens"] for s in expected["samples"]]
 
 
 def test_eval_and_benchmark(runs):
-    result = json.loads(runs["eval"].out.splitlines()[-1])
+    result = json.loads(runs("eval").out.splitlines()[-1])
     assert result["perplexity"] == pytest.approx(
         one("--limit_tokens", "300", "--dtype", "fp32", script="eval.py")["perplexity"], 1e-4
     )
-    row = json.loads(runs["benchmark"].out.splitlines()[-1])
+    row = json.loads(runs("benchmark").out.splitlines()[-1])
     assert row["ranks"] == 2 and row["all_reduce"] == "gloo" and 0 < row["percent_communication"] < 100
     assert row["command"].startswith("torchrun --nproc_per_node=2 benchmark.py")
 
@@ -517,7 +511,6 @@ def test_eval_and_benchmark(runs):
 DIED = "generate.py: rank {} died (killed, or out of memory); all ranks end"
 FAULTS = {
     "kill 1 load": DIED.format(1),
-    "kill 0 load": DIED.format(0),
     "kill 1 prefill": DIED.format(1),
     "kill 1 decode": DIED.format(1),
     "kill 0 decode": DIED.format(0),
@@ -530,7 +523,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_ends_all_ranks_with_one_line(name, runs):
-    run, expected = runs[name], FAULTS[name]
+    run, expected = runs(name), FAULTS[name]
     assert run.rc != 0 and run.seconds < 60
     assert len(run.lines) == 1, run.err
     assert run.lines[0].startswith(expected) or re.match(expected, run.lines[0]), run.err
@@ -539,19 +532,17 @@ def test_a_fault_ends_all_ranks_with_one_line(name, runs):
 
 @pytest.mark.parametrize("name, line", [
     ("heads", f"{re.escape(str(DEMO))}: 4 heads cannot be split over 3 ranks; use a number of ranks that divides 4"),
-    ("mps", "--device mps: not available .*|--device mps: under torchrun it must be cuda or cpu"),
     ("flag", "unrecognized arguments: --nonsense"),
-    ("directory", ".*none: no such directory .*"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_of_rank_0(name, line, runs):
-    run = runs[name]
+    run = runs(name)
     assert run.rc != 0 and len(run.lines) == 1, run.err
     assert re.fullmatch(f"generate.py: ({line})", run.lines[0])
     assert run.codes["0"] == "2", run.err
 
 
 def test_interrupt_ends_everything(runs):
-    run = runs["interrupt"]
+    run = runs("interrupt")
     assert run.rc != 0 and not run.lines and run.seconds < 20
     assert set(run.codes.values()) <= {"130"}, run.err
 
