@@ -204,11 +204,11 @@ class Weights(Mapping):
         """The shape of a tensor, which is not read."""
         return self._slice(name)[1]
 
-    def read(self, name: str, part: tuple | None = None) -> Tensor:
-        """A copy of a tensor, or of a part (dimension counted from the end, [start, stop) ranges along it) of it.
+    def read(self, name: str, part: tuple | None = None, copy: bool = True) -> Tensor:
+        """A tensor, or a part (dimension counted from the end, [start, stop) ranges along it) of it: only that is read.
 
-        Only that part is read. It is a copy, and files are mapped anew after every MAPPED_BYTES, so that what memory
-        holds of the files stays small.
+        Files are mapped anew after every MAPPED_BYTES, so that what memory holds of them stays small. That takes a
+        `copy`; without it the tensor may lie in the file, for one who copies it at once.
         """
         view, shape = self._slice(name)
         dim, ranges = part or (-1, [(0, shape[-1])] if shape else [])
@@ -219,7 +219,9 @@ class Weights(Mapping):
         else:  # many and close together: an int4 linear's scales
             pieces = list(view[(*before, slice(start, stop))].split(1, dim))
             pieces = [pieces[i - start] for a, b in ranges for i in range(a, b)]
-        tensor = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
+        tensor = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
+        if copy and len(pieces) == 1:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
         file = self.where[name]
         self.touched[file] = self.touched.get(file, 0) + tensor.nbytes
         if self.touched[file] > MAPPED_BYTES and file.endswith(".safetensors"):

@@ -341,7 +341,7 @@ def convert_state_dict(
 
     parts: our name -> (dimension counted from the end, [start, stop) ranges along it), where only that part of the
     tensor is wanted; it is looked up as the stream gets there, and no ranges leave a tensor out. `tensors` then has
-    `shape(name)` and `read(name, part)`, as checkpoint.Weights. Dtypes are kept. Raises ValueError at the call for a
+    `shape` and `read`, as checkpoint.Weights. Dtypes are kept. Raises ValueError at the call for a
     tensor that is missing and for one that is left over and would change the result, and during the iteration for a
     shape that contradicts the config.
     """
@@ -371,17 +371,17 @@ def convert_state_dict(
     def read_part(group: list, part: tuple | None) -> Tensor:
         if isinstance(group[0], list):
             return torch.stack([read_part(inner, part) for inner in group])
-        pieces, (dim, ranges) = [], part or (-1, [])
-        first = [tensors.shape(source) for source in group]
-        if not part or len(group) == 1 or dim != -len(first[0]):  # not cut along what is concatenated
-            pieces = [tensors.read(source, part) for source in group]
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        ends = list(itertools.accumulate(shape[0] for shape in first))
-        for start, stop in ranges:
-            for source, end, shape in zip(group, ends, first, strict=True):
+        if len(group) == 1:
+            return tensors.read(group[0], part)
+        sizes = [tensors.shape(source) for source in group]
+        if not part or part[0] != -len(sizes[0]):  # not cut along what is concatenated
+            return torch.cat([tensors.read(source, part, copy=False) for source in group])
+        pieces, ends = [], list(itertools.accumulate(shape[0] for shape in sizes))
+        for start, stop in part[1]:
+            for source, end, shape in zip(group, ends, sizes, strict=True):
                 a, b = (min(max(x - (end - shape[0]), 0), shape[0]) for x in (start, stop))
                 if a < b:
-                    pieces.append(tensors.read(source, (dim, [(a, b)])))
+                    pieces.append(tensors.read(source, (part[0], [(a, b)]), copy=False))
         return torch.cat(pieces)
 
     def stream() -> Iterator[tuple[str, Tensor]]:

@@ -321,7 +321,7 @@ def test_int4_shards_at_any_column(cut, groupsize):
 def test_only_slices_are_read(directories, monkeypatch):
     """Of every tensor a rank reads its part, not more: elements that reach memory, against those that it holds."""
     read, original = [], Weights.read
-    monkeypatch.setattr(Weights, "read", lambda *a: read.append(original(*a)) or read[-1])
+    monkeypatch.setattr(Weights, "read", lambda *a, **k: read.append(original(*a, **k)) or read[-1])
     monkeypatch.setattr(Weights, "__getitem__", lambda *a: pytest.fail("a whole tensor was read"))
     fake = types.SimpleNamespace(rank=1, world=4, check_same=lambda *a: None, one_shot={})
     monkeypatch.setattr(tp, "_ranks", fake)
@@ -371,9 +371,9 @@ def saboteur(argv: list[str]) -> None:
                     fail()
                 return features(*args)
 
-            def broken_read(*args):
+            def broken_read(*args, **keywords):
                 calls.append(1)
-                return fail() if len(calls) == 5 else read(*args)
+                return fail() if len(calls) == 5 else read(*args, **keywords)
 
             if kind in ("load", "memory"):
                 Weights.read = broken_read
