@@ -533,6 +533,8 @@ def save_checkpoint(
     config.json. dtype: of the floating-point weights on disk; None: as they are.
     """
     directory = resolve(source)
+    if isinstance(model.logits, tp.ShardedLogits):
+        raise ValueError(f"{out_dir}: the model is one rank's share; load it with one process to save it")
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError(f"{out_dir}: the model is quantized; quantize.py writes such checkpoints, from the original")
     state = {k: v for k, v in model.state_dict().items() if not (model.args.tie_embeddings and k == "output.weight")}

@@ -252,6 +252,8 @@ def generate(
     token, pos = sample(logits), lengths.to(device)
 
     ranks = tp.current() if isinstance(model.logits, tp.ShardedLogits) else None
+    if ranks and isinstance(sample, Sampler) and sample.temperature and sample.part is None:
+        raise ValueError("of a sharded model each rank would draw its own tokens: call sampler.shard(model) before")
     running = torch.ones(len(prompts), dtype=torch.bool)
     stops = torch.tensor(stop_ids, dtype=torch.int64)
     for i in range(max_new_tokens):

@@ -14,6 +14,7 @@ Sources: Megatron-LM (arXiv 1909.08053), PyTorch's torch.distributed and symmetr
 
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -75,7 +76,7 @@ class Ranks:
             raise ValueError(f"--device {device}: under torchrun it must be cuda or cpu")
         if device.index is not None:
             raise ValueError(f"--device {device}: under torchrun each rank takes its own GPU; give --device cuda")
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.world)), torch.cuda.device_count()
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)), torch.cuda.device_count()
         if here > gpus:
             raise ValueError(f"{here} ranks on a machine with {gpus} GPUs: give --nproc_per_node={gpus} or fewer")
         torch.cuda.set_device(self.local_rank)
@@ -284,9 +285,10 @@ class Lifeline:
 
     def _exit(self, code: int) -> None:
         """At once: destructors of process groups wait for ranks that are gone."""
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
+        if threading.current_thread() is threading.main_thread():  # another thread may hold the stream, and be stuck
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):
+                    stream.flush()
         os._exit(code)
 
     def close(self) -> None:
@@ -372,14 +374,27 @@ def _all_reduce(x: Tensor) -> Tensor:
     buffer = _ranks.one_shot.get(x.dtype)
     if buffer is not None and x.numel() <= buffer.numel() and x.nbytes % 16 == 0:
         return _one_shot(x, buffer)
+    return _nccl(x)
+
+
+def _nccl(x: Tensor) -> Tensor:
     y = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(y)
     return y
 
 
 def _all_gather(x: Tensor) -> Tensor:
+    if not x.is_cuda:
+        y = x.new_empty(_ranks.world, *x.shape)
+        dist.all_gather(list(y.unbind()), x.contiguous())
+        return y
+    buffer = _ranks.one_shot.get(x.dtype)
+    if buffer is not None and x.numel() * _ranks.world <= buffer.numel():  # a sum of zeros and one value
+        y = x.new_zeros(_ranks.world, *x.shape)
+        y[_ranks.rank] = x
+        return _all_reduce(y)
     y = x.new_empty(_ranks.world, *x.shape)
-    dist.all_gather(list(y.unbind()), x.contiguous())
+    dist.all_gather_into_tensor(y, x.contiguous())
     return y
 
 
@@ -389,47 +404,51 @@ def _one_shot(x: Tensor, buffer: Tensor) -> Tensor:
     return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.contiguous(), "sum", dist.group.WORLD.group_name)
 
 
-def choose_all_reduce(width: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Measure NCCL against the one-shot kernel for 1 to 16 rows of `width`, keep what is faster; -> seconds of a row.
+def choose_all_reduce(width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Measure NCCL against the one-shot kernel for 1 to 16 rows of `width`, and take what is faster from now on.
 
-    Nothing to choose on a CPU, in float16, or with --all_reduce nccl. Collective: every rank calls it, before any CUDA
-    graph is captured, and rank 0's measurement decides for all.
+    In `dtype`, for activations, and in float32, for what sampling gathers. Nothing to choose on a CPU, in float16, or
+    with --all_reduce nccl. Collective: every rank calls it, before any CUDA graph is captured, and rank 0's measurement
+    decides for all.
     """
     ranks = _ranks
-    if ranks is None or device.type != "cuda":
-        return {}
-    seconds = {"nccl": _seconds(all_reduce, torch.ones(width, dtype=dtype, device=device))}
-    if ranks.mode == "nccl" or dtype in ranks.one_shot or dtype not in (torch.bfloat16, torch.float32):
-        return seconds
-    try:
-        import torch.distributed._symmetric_memory as symm_mem
+    if ranks is None or device.type != "cuda" or ranks.mode == "nccl":
+        return
+    for kind in {dtype, torch.float32} - {torch.float16, *ranks.one_shot}:
+        buffer, reason = None, "its sums differ from NCCL's or between ranks"
+        try:
+            buffer = _one_shot_buffer(kind, device)
+        except (RuntimeError, AttributeError, ImportError) as error:  # no peer access, an older PyTorch
+            reason = str(error).splitlines()[0]
+        if not all(ranks.gather(buffer is not None)):
+            if ranks.rank == 0:
+                print(f"tp: NCCL reduces; symmetric memory cannot be used here: {reason}", file=sys.stderr)
+            return
+        best = 0
+        for rows in (1, 2, 4, 8, 16):
+            x = torch.ones(rows * width, dtype=kind, device=device)
+            if x.nbytes > ONE_SHOT_LIMIT:
+                break
+            ours, nccl = _seconds(functools.partial(_one_shot, buffer=buffer), x), _seconds(_nccl, x)
+            if not ranks.agree(ours < nccl):
+                break
+            best = x.numel()
+        if best:
+            ranks.one_shot[kind] = buffer[:best]
 
-        buffer = symm_mem.empty(ONE_SHOT_LIMIT // dtype.itemsize, dtype=dtype, device=device)
-        symm_mem.rendezvous(buffer, dist.group.WORLD)
-        probe = torch.randint(-8, 8, (4096,), device=device).to(dtype)  # sums of small integers are exact
-        works = bool(torch.equal(_one_shot(probe, buffer), all_reduce(probe)))
-        noise = _one_shot(torch.randn(4096, device=device).to(dtype), buffer).float()
-        works &= bool((all_gather(noise) == noise).all())  # experts are chosen by these: the same bits everywhere
-    except (RuntimeError, AttributeError, ImportError) as error:  # no peer access, an older PyTorch
-        works, reason = False, str(error).splitlines()[0]
-        if ranks.rank == 0:
-            print(f"tp: NCCL reduces, symmetric memory is not available here ({reason})", file=sys.stderr)
-    if not all(ranks.gather(works)):
-        return seconds
-    best = 0
-    for rows in (1, 2, 4, 8, 16):
-        x = torch.ones(rows * width, dtype=dtype, device=device)
-        if x.nbytes > ONE_SHOT_LIMIT:
-            break
-        ours, nccl = _seconds(lambda x: _one_shot(x, buffer), x), _seconds(all_reduce, x)
-        if rows == 1:
-            seconds["one_shot"] = ours
-        if not ranks.agree(ours < nccl):
-            break
-        best = x.numel()
-    if best:
-        ranks.one_shot[dtype] = buffer[:best]
-    return seconds
+
+def _one_shot_buffer(dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Memory that all ranks can read; None where sums through it are wrong, or not the same bits on every rank."""
+    import torch.distributed._symmetric_memory as symm_mem
+
+    buffer = symm_mem.empty(ONE_SHOT_LIMIT // dtype.itemsize, dtype=dtype, device=device)
+    symm_mem.rendezvous(buffer, dist.group.WORLD)
+    exact = torch.randint(-8, 8, (4096,), device=device).to(dtype)  # sums of small integers have no rounding
+    works = torch.equal(_one_shot(exact, buffer), _nccl(exact))
+    noise = _one_shot(torch.randn(4096, device=device).to(dtype), buffer)  # experts are chosen by such sums
+    every = torch.empty(_ranks.world, 4096, dtype=dtype, device=device)
+    dist.all_gather_into_tensor(every, noise)
+    return buffer if works and bool((every == noise).all()) else None
 
 
 def _seconds(work: Callable[[Tensor], Tensor], x: Tensor, calls: int = 50) -> float:
