@@ -414,7 +414,12 @@ def choose_all_reduce(width: int, dtype: torch.dtype, device: torch.device) -> N
     ranks = _ranks
     if ranks is None or device.type != "cuda" or ranks.mode == "nccl":
         return
-    for kind in {dtype, torch.float32} - {torch.float16, *ranks.one_shot}:
+    others = [i for i in range(ranks.world) if i != ranks.local_rank]
+    one_machine = len(set(ranks.gather(socket.gethostname()))) == 1
+    linked = one_machine and all(torch.cuda.can_device_access_peer(ranks.local_rank, i) for i in others)
+    if not all(ranks.gather(linked)):
+        return
+    for kind in sorted({dtype, torch.float32} - {torch.float16, *ranks.one_shot}, key=str):  # alike on all ranks
         buffer, reason = None, "its sums differ from NCCL's or between ranks"
         try:
             buffer = _one_shot_buffer(kind, device)
