@@ -301,7 +301,7 @@ def build_model(
             if exact and value.dtype != want.dtype:
                 raise ValueError(f"tensor {key} has dtype {value.dtype}, the quantization recipe says {want.dtype}")
             state[key] = value if exact else value.to(dtype)
-    del tensor, value  # the last one, still whole
+    tensor = value = None  # the last one is still whole
     missing = expected.keys() - state.keys()
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing, the first is {min(missing)}")
