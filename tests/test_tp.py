@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
 import tp
 from checkpoint import Weights, convert_checkpoint, load_model, read_config
 from generate import Sampler, generate
@@ -320,6 +321,18 @@ def test_int4_shards_at_any_column(cut, groupsize):
     assert torch.equal(mine.dequantize_stored(**pieces), linear.dequantize_stored(**stored)[:, slice(*cut)])
     with pytest.raises(ValueError, match="at columns .* not at multiples of 32"):
         linear.shard(columns=[(0, 40)])
+
+
+def test_a_fused_module_adds_the_residual_once():
+    """kernels.FusedLinearResidual of a sharded module: what the ranks hand to the all-reduce sums up to the whole."""
+    y, x, weight, sent = torch.randn(2, 3, 64), torch.randn(2, 3, 16), torch.randn(16, 64), []
+    for rank in range(2):
+        linear = torch.nn.Linear(32, 16, bias=False)
+        linear.weight.data = weight[:, 32 * rank : 32 * rank + 32]
+        plain = tp.ReducedLinearResidual(types.SimpleNamespace(linear=linear, post_norm=None), rank)
+        plain.all_reduce = lambda z: sent.append(z) or z
+        kernels.FusedLinearResidual(plain)(y[..., 32 * rank : 32 * rank + 32], x)
+    torch.testing.assert_close(sum(sent), x + y @ weight.T)
 
 
 def test_only_slices_are_read(directories, monkeypatch):
