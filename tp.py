@@ -351,7 +351,8 @@ def _register_operators() -> torch.library.Library:
     library.define("all_gather(Tensor x) -> Tensor")
     library.impl("all_reduce", _all_reduce, "CompositeExplicitAutograd")
     library.impl("all_gather", _all_gather, "CompositeExplicitAutograd")
-    torch.library.register_fake("hotloop::all_reduce", torch.empty_like, lib=library)
+    contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    torch.library.register_fake("hotloop::all_reduce", contiguous, lib=library)
     torch.library.register_fake("hotloop::all_gather", lambda x: x.new_empty(_ranks.world, *x.shape), lib=library)
     return library
 
