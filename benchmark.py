@@ -28,6 +28,7 @@ from torch import Tensor
 
 import eval
 import quantize
+import tp
 from checkpoint import build_model, load_model, resolve
 from generate import (
     CACHE_DIR,
@@ -148,11 +149,13 @@ def measure(
     runs: int = 5,
 ) -> dict:
     """Generate `runs` times from random prompts -> medians: tok_s, decode_step_ms, ttft_s, ...; times in seconds."""
-    device = model.tok_embeddings.weight.device
+    device, ranks = model.tok_embeddings.weight.device, tp.current()
     sampler = Sampler(temperature, top_k).to(device)
+    sampler.shard(model)
     model.setup_caches(batch, prompt_tokens + new_tokens)
     steps, compile_s = {}, None
     prompts = torch.randint(model.args.vocab_size, (batch, prompt_tokens)).tolist()
+    prompts = ranks.broadcast(prompts) if ranks else prompts
     if compile:
         begin = time.perf_counter()
         steps = {"decode": compile_decode(model), "prefill": compile_prefill(model)}
@@ -167,6 +170,8 @@ def measure(
     totals, firsts = [], []
     for _ in range(runs + 1):  # the first is a warm-up of allocators and clocks
         synchronize(device)
+        if ranks:
+            ranks.barrier()
         begin = time.perf_counter()
         for i, _column in enumerate(generate(model, prompts, new_tokens, sampler, **steps)):
             if i == 0:
@@ -174,10 +179,18 @@ def measure(
         totals.append(time.perf_counter() - begin)
         firsts.append(first)
     total, first = statistics.median(totals[1:]), statistics.median(firsts[1:])
-    return {
+    step_s = (total - first) / (new_tokens - 1) if new_tokens > 1 else None
+    shared = {}
+    if ranks:
+        alone = tp.communication_seconds(model, batch)
+        shared = {"ranks": ranks.world, "all_reduce_us": alone * 1e6 / (2 * model.args.n_layers + 1),
+                  "percent_communication": step_s and 100 * alone / step_s,
+                  "all_reduce": "one-shot" if model.tok_embeddings.weight.dtype in ranks.one_shot else
+                  "nccl" if device.type == "cuda" else "gloo"}  # fmt: skip
+    return shared | {
         "compile_s": compile_s,
         "tok_s": batch * new_tokens / total,
-        "decode_step_ms": 1e3 * (total - first) / (new_tokens - 1) if new_tokens > 1 else None,
+        "decode_step_ms": step_s and 1e3 * step_s,
         "ttft_s": first,
         "prefill_tok_s": batch * prompt_tokens / first,
         "weights_gb": weight_bytes(model) / 1e9,
@@ -198,7 +211,8 @@ def circumstances(device: torch.device) -> dict:
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([f"torchrun --nproc_per_node={tp.current().world}" if tp.current() else "python",
+                             Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": os.environ.get("HOTLOOP_COMMIT") or head + ("+" if changed else ""),
         "device": device_name(device),
         "torch": torch.__version__,
@@ -227,7 +241,8 @@ def cells(*values) -> str:
 def decode_table(rows: list[dict]) -> str:
     """A table for each device of the latest row of each model, mode, batch, length and compiled or eager."""
     same = ("device", "model", "mode", "batch", "prompt_tokens", "new_tokens")
-    latest = {(*(r[k] for k in same), r["compile_s"] is None): r for r in rows if not r.get("kind")}
+    rows = [r for r in rows if not r.get("kind") and r.get("ranks", 1) == 1]
+    latest = {(*(r[k] for k in same), r["compile_s"] is None): r for r in rows}
     header = ("model | mode | batch | tokens in + out | GB of weights | tok/s | step ms | % of read bandwidth | "
               "first token ms | compile s | commit | torch | date")  # fmt: skip
     parts = []
@@ -284,7 +299,37 @@ def measure_perplexities(checkpoint_path: str, device: torch.device) -> Iterator
                "tokens": figures["tokens"], **circumstances(device)}  # fmt: skip
 
 
-TABLES = {"decode": decode_table, "perplexity": perplexity_table}
+def one_gpu(row: dict, rows: list[dict]) -> dict | None:
+    """The latest row that differs from a row of several ranks only in being of one."""
+    same = ("device", "model", "mode", "batch", "prompt_tokens", "new_tokens")
+    found = [r for r in rows if not r.get("kind") and r.get("ranks", 1) == 1 and all(r[k] == row[k] for k in same)
+             and (r["compile_s"] is None) == (row["compile_s"] is None)]  # fmt: skip
+    return found[-1] if found else None
+
+
+def scaling_table(rows: list[dict]) -> str:
+    """The latest row of several ranks of each model, mode, batch and number of ranks, against one GPU."""
+    keys = ("device", "model", "mode", "batch", "prompt_tokens", "new_tokens", "ranks")
+    latest = {tuple(r[k] for k in keys): r for r in rows if r.get("ranks", 1) > 1}
+    header = ("model | mode | batch | ranks | GB a rank | tok/s | step ms | against one | all-reduce | µs each | "
+              "% of the step | % of read bandwidth | commit | torch | date")  # fmt: skip
+    parts = []
+    for device in sorted({key[0] for key in latest}):
+        lines = []
+        for key, r in sorted(latest.items(), key=lambda pair: pair[0]):
+            if key[0] == device:
+                alone = one_gpu(r, rows)
+                gain = r["tok_s"] / alone["tok_s"] if alone else None
+                lines.append(cells(
+                    r["model"], r["mode"], r["batch"], r["ranks"], (r["weights_gb"], ".2f"), (r["tok_s"], ",.1f"),
+                    (r["decode_step_ms"], ".3f"), (gain, ".2f"), r["all_reduce"], (r["all_reduce_us"], ".1f"),
+                    (r["percent_communication"], ".0f"), (r["percent_of_peak_bandwidth"], ".0f"), r["commit"],
+                    r["torch"], r["date"]))  # fmt: skip
+        parts.append(f"**{device}**\n\n{table(header, lines)}")
+    return "\n\n".join(parts)
+
+
+TABLES = {"decode": decode_table, "scaling": scaling_table, "perplexity": perplexity_table}
 
 
 def fill_tables(text: str, rows: list[dict]) -> str:
@@ -317,11 +362,17 @@ def main(
     record_row: bool,
     readme: bool,
     json_line: bool,
+    all_reduce: str = "auto",
 ) -> None:
     if readme:
         README.write_text(fill_tables(README.read_text(), read_rows()))
         return
+    ranks = tp.init_dist(all_reduce)
     device, dtype_name, dtype = pick_device(device), dtype, pick_dtype(dtype)
+    device = ranks.device(device) if ranks else device
+    record_row = record_row and not (ranks and ranks.rank)
+    if perplexity and ranks:
+        raise ValueError("--perplexity: quantizes with one process; run it without torchrun")
     if perplexity:
         for row in measure_perplexities(checkpoint_path or DEMO, device):
             print(f"{row['mode']:<6}{row['method'] or '':<6}{row['groupsize'] or '':<5}{row['size_mb']:>8.2f} MB"
@@ -332,7 +383,8 @@ def main(
     peak = read_bandwidth(device)
     print(f"{device_name(device)}: reads {peak:,.0f} GB/s (measured), torch {torch.__version__}")
     print(f"{'model':<16}{'mode':>9}{'batch':>6}{'GB':>8}{'tok/s':>9}{'step ms':>9}{'of peak':>9}{'first ms':>10}"
-          f"{'compile s':>11}{'peak GB':>9}")  # fmt: skip
+          f"{'compile s':>11}{'peak GB':>9}" + (f"{'ranks':>7}{'us a reduce':>13}{'of step':>9}{'against 1':>11}"
+                                             if ranks else ""))  # fmt: skip
     rows = []
     for name, mode in itertools.product([checkpoint_path] if checkpoint_path else shape, quant):
         recipe = pick_recipe(None if mode == "none" else mode, groupsize if mode == "int4" else None)
@@ -340,7 +392,10 @@ def main(
         if checkpoint_path:
             model = load_model(checkpoint_path, device, dtype, recipe)
         else:
-            model = build_model(SHAPES[name], random_weights(SHAPES[name], device, dtype), device, dtype, recipe)
+            if ranks:
+                torch.manual_seed(0)  # they cut the same weights
+            model = build_model(SHAPES[name], random_weights(SHAPES[name], device, dtype), device, dtype, recipe, ranks)
+            torch.seed()
         synchronize(device)
         load_s = time.perf_counter() - begin
         kind = f"int4 g{recipe['groupsize']}" if mode == "int4" else dtype_name if recipe is None else mode
@@ -353,7 +408,13 @@ def main(
         rows.append(row)
         print(f"{name:<16}{kind:>9}{batch:>6}{row['weights_gb']:>8.2f}{row['tok_s']:>9.1f}"
               f"{step or 0:>9.3f}{row['percent_of_peak_bandwidth'] or 0:>8.1f}%{1e3 * row['ttft_s']:>10.1f}"
-              f"{row['compile_s'] or 0:>11.1f}{row['peak_memory_gb']:>9.2f}", flush=True)  # fmt: skip
+              f"{row['compile_s'] or 0:>11.1f}{row['peak_memory_gb']:>9.2f}", end="" if ranks else "\n",
+              flush=True)  # fmt: skip
+        if ranks:
+            alone = one_gpu(row, read_rows())
+            gain = f"{row['tok_s'] / alone['tok_s']:>10.2f}x" if alone else f"{'-':>11}"
+            print(f"{ranks.world:>7}{row['all_reduce_us']:>13.1f}{row['percent_communication'] or 0:>8.1f}%{gain}  "
+                  f"{row['all_reduce']}", flush=True)  # fmt: skip
         if record_row:
             record(row)
         del model
@@ -389,13 +450,15 @@ def parser() -> argparse.ArgumentParser:
     a("--perplexity", action="store_true", help="instead: perplexity of --checkpoint_path or demo/ by each recipe")
     a("--record", action="store_true", dest="record_row", help=f"append the rows to {RESULTS.name}")
     a("--readme", action="store_true", help=f"measure nothing: make the tables of {README.name} from {RESULTS.name}")
+    a("--all_reduce", default="auto", metavar="A", help="under torchrun, on GPUs: nccl, or auto to take what is faster")
     a("--json", action="store_true", dest="json_line", help="last line of stdout: one JSON object with all figures")
     return p
 
 
 if __name__ == "__main__":
     try:
-        main(**vars(parser().parse_args()))
+        with tp.one_voice("benchmark.py"):
+            main(**vars(parser().parse_args()))
     except (ValueError, torch.OutOfMemoryError) as error:
         print(f"benchmark.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

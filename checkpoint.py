@@ -16,6 +16,7 @@ Sources: the safetensors format (https://huggingface.co/docs/safetensors), Huggi
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from torch import Tensor
 
 import kernels
 import kernels_cpu
+import tp
 from convert_hf_checkpoint import args_from_hf, convert_state_dict, export_state_dict, stop_ids_from_hf
 from model import ModelArgs, Transformer
 from quantize import QuantLinear, check_recipe, quantize_tensor, swap_linears
@@ -38,6 +40,7 @@ from quantize import QuantLinear, check_recipe, quantize_tensor, swap_linears
 META = "hotloop.json"
 FORMAT = 1
 SHARD_BYTES = 2 << 30  # a shard is what saving holds in memory
+MAPPED_BYTES = 64 << 20  # of a file that is read in parts; mapped pages count as a process's memory until unmapped
 # What a tokenizer and a chat need; copied along when a checkpoint is converted.
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -138,7 +141,7 @@ class Weights(Mapping):
     """The tensors of a directory by name, memory-mapped: an item is read from disk when it is asked for."""
 
     def __init__(self, directory: Path):
-        self.directory, self.files = directory, {}
+        self.directory, self.files, self.touched = directory, {}, {}
         for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
             index = directory / f"{stem}.{suffix}.index.json"
             single = directory / f"{stem}.{suffix}"
@@ -185,6 +188,58 @@ class Weights(Mapping):
         except (KeyError, SafetensorError) as error:
             raise ValueError(f"{self.directory / file}: tensor {name} cannot be read: {error}") from None
 
+    def _slice(self, name: str):
+        """What can be sliced to read a part of a tensor, and its shape."""
+        file = self.where[name]
+        handle = self._open(file)
+        try:
+            if isinstance(handle, dict):
+                return handle[name], tuple(handle[name].shape)
+            view = handle.get_slice(name)
+            return view, tuple(view.get_shape())
+        except (KeyError, SafetensorError) as error:
+            raise ValueError(f"{self.directory / file}: tensor {name} cannot be read: {error}") from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        return self._slice(name)[1]
+
+    def read(self, name: str, part: tuple | None = None, copy: bool = True) -> Tensor:
+        """A tensor, or a part (dimension counted from the end, [start, stop) ranges along it) of it: only that is read.
+
+        Files are mapped anew after every MAPPED_BYTES, so that what memory holds of them stays small. That takes a
+        `copy`; without it the tensor may lie in the file, for one who copies it at once.
+        """
+        view, shape = self._slice(name)
+        dim, ranges = part or (-1, [(0, shape[-1])] if shape else [])
+        before = (slice(None),) * (len(shape) + dim)
+        start, stop = min((a for a, _ in ranges), default=0), max((b for _, b in ranges), default=0)
+        if len(ranges) <= 3:
+            pieces = [view[(*before, slice(a, b))] for a, b in ranges] or [view[...]]
+        else:  # many and close together: an int4 linear's scales
+            pieces = list(view[(*before, slice(start, stop))].split(1, dim))
+            pieces = [pieces[i - start] for a, b in ranges for i in range(a, b)]
+        tensor = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
+        if copy and len(pieces) == 1:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        file = self.where[name]
+        self.touched[file] = self.touched.get(file, 0) + tensor.nbytes
+        if self.touched[file] > MAPPED_BYTES and file.endswith(".safetensors"):
+            del self.files[file], self.touched[file]
+        return tensor
+
+    def fingerprint(self) -> dict[str, tuple[int, str]]:
+        """File name -> (bytes, hash of 16 pages spread over it): enough to tell one checkpoint from another."""
+        prints = {}
+        for name in sorted(set(self.where.values())):
+            size, digest = (self.directory / name).stat().st_size, hashlib.sha256()
+            with open(self.directory / name, "rb") as file:
+                for i in range(16):
+                    file.seek(max(0, size - 4096) * i // 15)
+                    digest.update(file.read(4096))
+            prints[name] = size, digest.hexdigest()[:12]
+        return prints
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)
 
@@ -203,42 +258,69 @@ def build_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     quant: dict | None = None,
+    ranks: tp.Ranks | None = None,
+    parts: dict | None = None,
+    stored: bool = False,
 ) -> Transformer:
     """A Transformer on `device` from a stream of (our parameter name, tensor); eval mode, no gradients.
 
     dtype: what floating-point tensors become; None: as they come. quant: a recipe (quantize.make_recipe); weights
-    that come as floats are quantized on the device one by one, those that are quantized already are taken as they
-    are. Raises ValueError for a tensor that is unknown, missing or of another shape than `args` say.
+    that come as floats are quantized on the device one by one, those that are quantized already (`stored` says that
+    they are) are taken as they are. ranks: build this rank's share of the model. The stream is of whole tensors, or,
+    if it yields only the parts that it finds in the dict `parts`, which is filled before it starts, of those.
+    Raises ValueError for a tensor that is unknown, missing or of another shape than `args` say.
     """
     with torch.device("meta"):
         model = Transformer(args)
     linears = swap_linears(model, quant) if quant else {}
+    late = {}  # parts of tensors that have to be whole when they are quantized: a scale is of a row, cut or not
+    if ranks is not None:
+        mine = tp.apply_tp(model, ranks.rank, ranks.world)
+        if not stored:
+            by_columns = {m for m in linears if mine.get(f"{m}.weight", (None,))[0] == -1}
+            late = {k: p for k, p in mine.items() if k.rpartition(".")[0] in by_columns and not k.endswith(".bias")}
+        early = {k: p for k, p in mine.items() if k not in late}
+        if parts is None:
+            tensors = _cut(tensors, early)
+        else:
+            parts |= early
     expected = model.state_dict()
     if args.tie_embeddings and "output" not in linears:
         del expected["output.weight"]  # shares the embedding's memory
     state = {}
     for name, tensor in with_tied_head(tensors, args, "output" in linears):
         for key, value in quantize_tensor(name, tensor.to(device), linears):
+            value = tp.take(value, late.get(key))
             if key not in expected:
                 raise ValueError(f"tensor {key} is not part of this architecture")
             want = expected[key]
             if value.shape != want.shape:
                 raise ValueError(f"tensor {key} is {list(value.shape)}, the configuration says {list(want.shape)}")
             module, _, leaf = key.rpartition(".")
-            stored = module in linears and leaf != "bias"  # int8 and the like, and their scales: exact, as they are
-            if stored and value.dtype != want.dtype:
+            exact = module in linears and leaf != "bias"  # int8 and the like, and their scales: as they are
+            if exact and value.dtype != want.dtype:
                 raise ValueError(f"tensor {key} has dtype {value.dtype}, the quantization recipe says {want.dtype}")
-            state[key] = value if stored else value.to(dtype)
+            state[key] = value if exact else value.to(dtype)
+    tensor = value = None  # the last one is still whole
     missing = expected.keys() - state.keys()
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing, the first is {min(missing)}")
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model = model.to(device).requires_grad_(False).eval()  # .to: the buffers, which no checkpoint holds
-    for linear in linears.values():
-        linear.pack()
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.pack()
     (kernels_cpu if model.tok_embeddings.weight.is_cpu else kernels).fuse(model)
+    tp.choose_all_reduce(args.dim, model.tok_embeddings.weight.dtype, model.tok_embeddings.weight.device)
     return model
+
+
+def _cut(tensors: Iterable[tuple[str, Tensor]], parts: dict) -> Iterator[tuple[str, Tensor]]:
+    """This rank's parts of a stream of whole tensors."""
+    for name, tensor in tensors:
+        if name not in parts or parts[name][1]:
+            yield name, tp.take(tensor, parts.get(name))
 
 
 def with_tied_head(tensors, args: ModelArgs, quantized_head: bool) -> Iterator[tuple[str, Tensor]]:
@@ -267,13 +349,21 @@ def _with_progress(tensors: Iterable[tuple[str, Tensor]], total: int) -> Iterato
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def open_checkpoint(path: str | Path) -> tuple[ModelArgs, dict | None, Iterable[tuple[str, Tensor]], int]:
-    """(args, quantization recipe or None, stream of (our name, tensor) in the model's order, bytes on disk)."""
+def open_checkpoint(
+    path: str | Path, parts: dict | None = None, ranks: tp.Ranks | None = None
+) -> tuple[ModelArgs, dict | None, Iterable[tuple[str, Tensor]], int]:
+    """(args, quantization recipe or None, stream of (our name, tensor) in the model's order, bytes on disk).
+
+    parts: what to read of each tensor (see `Weights.read`), looked up when the stream gets there; {}: not known yet.
+    ranks: ValueError on all of them where one sees another checkpoint.
+    """
     directory = resolve(path)
     args, config = read_config(directory)
     weights = Weights(directory)
+    if ranks is not None:
+        ranks.check_same("checkpoint", (args, config.get("quantization"), weights.fingerprint()))
     if not (directory / META).exists():
-        return args, None, convert_state_dict(config, weights), weights.nbytes()
+        return args, None, convert_state_dict(config, weights, parts), weights.nbytes()
     recipe = config.get("quantization")
     with torch.device("meta"):
         model = Transformer(args)
@@ -283,9 +373,20 @@ def open_checkpoint(path: str | Path) -> tuple[ModelArgs, dict | None, Iterable[
         except ValueError as error:
             raise ValueError(f"{directory / META}: {error}") from None
         swap_linears(model, recipe)
-    order = {name: i for i, name in enumerate(model.state_dict())}
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    order = {name: i for i, name in enumerate(shapes)}
     names = sorted(weights, key=lambda n: order.get(n, len(order)))
-    return args, recipe, ((name, weights[name]) for name in names), weights.nbytes()
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            if not parts:
+                yield name, weights[name]
+            elif name not in order or weights.shape(name) != shapes[name]:
+                yield name, weights[name]  # which is an error, to be told by who builds the model
+            elif name not in parts or parts[name][1]:
+                yield name, weights.read(name, parts.get(name))
+
+    return args, recipe, stream(), weights.nbytes()
 
 
 def load_model(
@@ -297,15 +398,19 @@ def load_model(
     """The model of a checkpoint directory or hub id, on `device`, in eval mode.
 
     dtype: of the floating-point weights; None: as stored. quant: a recipe (quantize.make_recipe) to quantize by while
-    loading, for a checkpoint that is not quantized yet. Raises ValueError with one line for anything that is wrong.
+    loading, for a checkpoint that is not quantized yet. After tp.init_dist, each rank reads and holds its share of the
+    model, and all of them call this. Raises ValueError with one line for anything that is wrong.
     """
     directory = resolve(path)
     quant = copy.deepcopy(quant)  # swap_linears records this model's groupsizes in it
+    ranks = tp.current()
+    parts = None if ranks is None else {}
     try:
-        args, recipe, tensors, nbytes = open_checkpoint(directory)
+        args, recipe, tensors, nbytes = open_checkpoint(directory, parts, ranks)
         if recipe and quant:
             raise ValueError(f"is quantized already ({recipe['mode']}); load it without --quant")
-        return build_model(args, _with_progress(tensors, nbytes), device, dtype, quant or recipe)
+        tensors = _with_progress(tensors, nbytes // (ranks.world if ranks else 1))
+        return build_model(args, tensors, device, dtype, quant or recipe, ranks, parts, stored=recipe is not None)
     except ValueError as error:
         if str(directory) in str(error):
             raise
@@ -428,6 +533,8 @@ def save_checkpoint(
     config.json. dtype: of the floating-point weights on disk; None: as they are.
     """
     directory = resolve(source)
+    if isinstance(model.logits, tp.ShardedLogits):
+        raise ValueError(f"{out_dir}: the model is one rank's share; load it with one process to save it")
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError(f"{out_dir}: the model is quantized; quantize.py writes such checkpoints, from the original")
     state = {k: v for k, v in model.state_dict().items() if not (model.args.tie_embeddings and k == "output.weight")}

@@ -12,6 +12,7 @@ Sources: transformers' configuration_*.py, modeling_*.py, modeling_rope_utils.py
 """
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -333,11 +334,16 @@ def weight_sources(config: dict, names: Collection[str] = ()) -> dict[str, list]
     return sources
 
 
-def convert_state_dict(config: dict, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def convert_state_dict(
+    config: dict, tensors: Mapping[str, Tensor], parts: Mapping[str, tuple] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor) for every parameter, read and fused one at a time; `tensors` may read from disk on access.
 
-    Dtypes are kept. Raises ValueError at the call for a tensor that is missing and for one that is left over and
-    would change the result, and during the iteration for a shape that contradicts the config.
+    parts: our name -> (dimension counted from the end, [start, stop) ranges along it), where only that part of the
+    tensor is wanted; it is looked up as the stream gets there, and no ranges leave a tensor out. `tensors` then has
+    `shape` and `read`, as checkpoint.Weights. Dtypes are kept. Raises ValueError at the call for a
+    tensor that is missing and for one that is left over and would change the result, and during the iteration for a
+    shape that contradicts the config.
     """
     names, args = set(tensors), args_from_hf(config)
     sources, shapes = weight_sources(config, names), parameter_shapes(args)
@@ -356,8 +362,35 @@ def convert_state_dict(config: dict, tensors: Mapping[str, Tensor]) -> Iterator[
         parts = [tensors[source] for source in group]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def whole_shape(group: list) -> tuple[int, ...]:
+        if isinstance(group[0], list):
+            return len(group), *whole_shape(group[0])
+        shapes = [tensors.shape(source) for source in group]
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+    def read_part(group: list, part: tuple | None) -> Tensor:
+        if isinstance(group[0], list):
+            return torch.stack([read_part(inner, part) for inner in group])
+        if len(group) == 1:
+            return tensors.read(group[0], part)
+        sizes = [tensors.shape(source) for source in group]
+        if not part or part[0] != -len(sizes[0]):  # not cut along what is concatenated
+            return torch.cat([tensors.read(source, part, copy=False) for source in group])
+        pieces, ends = [], list(itertools.accumulate(shape[0] for shape in sizes))
+        for start, stop in part[1]:
+            for source, end, shape in zip(group, ends, sizes, strict=True):
+                a, b = (min(max(x - (end - shape[0]), 0), shape[0]) for x in (start, stop))
+                if a < b:
+                    pieces.append(tensors.read(source, (part[0], [(a, b)]), copy=False))
+        return torch.cat(pieces)
+
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name, group in sources.items():
+            part = (parts or {}).get(name)
+            if parts and whole_shape(group) == shapes[name]:
+                if part is None or part[1]:
+                    yield name, read_part(group, part)
+                continue
             tensor = read(group)
             if tensor.shape != shapes[name]:
                 raise ValueError(f"{name}, made of {group[0]} ..., has shape {list(tensor.shape)}; "

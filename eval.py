@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tp
 from checkpoint import load_model, read_config, resolve
 from tokenizer import Tokenizer
 
@@ -358,7 +359,9 @@ def main(
             raise ValueError(f"--{name} {value}: it must be at least 1")
     if groupsize is not None and quant != "int4":
         raise ValueError(f"--groupsize {groupsize}: only --quant int4 has groups")
-    device = pick_device(device)
+    ranks = tp.init_dist()
+    picked = pick_device(device)
+    device = ranks.device(torch.device(device or picked.type)) if ranks else picked
     directory = resolve(checkpoint_path)
     args, config = read_config(directory)
     tokenizer = Tokenizer(directory)
@@ -449,7 +452,8 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     try:
-        main(**vars(parser().parse_args()))
+        with tp.one_voice("eval.py"):
+            main(**vars(parser().parse_args()))
     except (ValueError, torch.OutOfMemoryError) as error:
         print(f"eval.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

@@ -28,6 +28,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports below ends quietly, too
 import torch
 from torch import Tensor, nn
 
+import tp
 from checkpoint import load_model, read_config, read_json, resolve
 from model import Transformer
 from quantize import QuantLinear, make_recipe
@@ -46,11 +47,13 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Logits [B, V] -> token ids int64 [B, 1]; probabilities in float32, no host synchronisation.
 
     temperature 0 is argmax. The filters apply in Hugging Face's order: temperature, top-k, top-p (the smallest set
     of tokens whose probability reaches top_p), min-p (at least min_p times the likeliest token's probability).
+    noise: exponential, float32 [B, V], where it must not be drawn here.
     """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -63,7 +66,7 @@ def sample(
     if min_p:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
     # The first of V exponential clocks with rates p rings at i with probability p_i. Noise of 0 would ring any token.
-    noise = torch.empty_like(probs).exponential_().clamp_min(1e-20)
+    noise = torch.empty_like(probs).exponential_().clamp_min(1e-20) if noise is None else noise[:, : probs.shape[-1]]
     choice = (probs / noise).argmax(-1, keepdim=True)
     return choice if ids is None else ids.gather(-1, choice)
 
@@ -86,13 +89,20 @@ class Sampler(nn.Module):
         self.top_p = None if top_p == 1 else top_p
         self.penalty = repetition_penalty
         self.register_buffer("seen", None, persistent=False)  # bool [B, V]
+        self.part: tp.ShardedLogits | None = None
+
+    def shard(self, model: Transformer) -> None:
+        """Where the model is sharded, sample from this rank's part of the logits, which it then no longer gathers."""
+        if isinstance(model.logits, tp.ShardedLogits):
+            self.part, model.logits.local = model.logits, True
 
     def reset(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
         """Start a generation: the prompts' tokens count as seen."""
         if self.penalty == 1:
             return
         if self.seen is None or self.seen.shape[0] != len(prompts):
-            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+            width = vocab_size + (self.part.width if self.part else 0)  # parts are padded beyond the end
+            self.seen = torch.zeros(len(prompts), width, dtype=torch.bool, device=device)
         self.seen.zero_()  # in place: a captured graph reads this memory
         for row, prompt in zip(self.seen, prompts, strict=True):
             row[torch.tensor(prompt, device=device)] = True
@@ -102,8 +112,16 @@ class Sampler(nn.Module):
         if self.penalty != 1:
             logits = logits.float()
             penalized = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
-            logits = torch.where(self.seen, penalized, logits)
-        token = sample(logits, self.temperature, self.top_k, self.top_p, self.min_p)
+            seen = self.seen[:, self.part.start :][:, : self.part.width] if self.part else self.seen
+            logits = torch.where(seen, penalized, logits)
+        rule = (self.temperature, self.top_k, self.top_p, self.min_p)
+        if self.part is None:
+            token = sample(logits, *rule)
+        else:
+            token = tp.sample_shard(
+                lambda values, noise: sample(values, *rule, noise),
+                logits, self.part.start, self.temperature, self.top_k, bool(self.top_p or self.min_p),
+            )  # fmt: skip
         if self.penalty != 1:
             self.seen.scatter_(1, token, True)
         return token
@@ -257,6 +275,7 @@ def generate(
     prompts: B lists of token ids, of any lengths. stop_ids are yielded, then end their row; the iterator ends with
     the last row or after max_new_tokens. start: so many leading tokens of the prompts are in the cache already.
     On CUDA the device runs one step ahead of what is yielded, so that reading a token never makes it wait.
+    Of a model sharded over ranks, all of them iterate, and rank 0's decision to go on or to stop holds for all.
     Raises ValueError for an empty prompt, max_new_tokens below 1, or a context that the model was not made for.
     """
     device = model.tok_embeddings.weight.device
@@ -281,6 +300,9 @@ def generate(
         logits = prefill(model, chunk.to(device), pos.to(device), slots)
     token, pos = sample(logits), lengths.to(device)
 
+    ranks = tp.current() if isinstance(model.logits, tp.ShardedLogits) else None
+    if ranks and isinstance(sample, Sampler) and sample.temperature and sample.part is None:
+        raise ValueError("of a sharded model each rank would draw its own tokens: call sampler.shard(model) before")
     running = torch.ones(len(prompts), dtype=torch.bool)
     stops = torch.tensor(stop_ids, dtype=torch.int64)
     for i in range(max_new_tokens):
@@ -293,9 +315,14 @@ def generate(
             arrived.synchronize()
         elif device.type != "cpu":
             torch.mps.synchronize()
-        yield torch.where(running, host, -1)
-        running &= ~torch.isin(host, stops)
-        if last or not running.any():
+        going = False
+        try:
+            yield torch.where(running, host, -1)
+            running &= ~torch.isin(host, stops)
+            going = not last and bool(running.any())
+        finally:  # also where rank 0's caller has seen enough
+            going = going if ranks is None else ranks.agree(going)
+        if not going:
             return
         if device.type != "cuda":
             token, pos = decode(model, token, pos, slots_for(model, longest + i + 1), sample)
@@ -533,6 +560,19 @@ def chat(run: Callable, tokenizer: Tokenizer, max_new_tokens: int, limit: int) -
         results.append(result)
 
 
+def lead(ranks: tp.Ranks | None, run: Callable, work: Callable[[Callable], list[dict]]) -> list[dict]:
+    """work(run) -> results. On several ranks, rank 0 alone works (reads, writes), and the others run what it runs."""
+    if ranks is None:
+        return work(run)
+    if ranks.rank == 0:
+        results = work(lambda ids, start=0: run(*ranks.broadcast((ids, start))))
+        ranks.broadcast(None)
+        return results
+    while (job := ranks.broadcast()) is not None:
+        run(*job)
+    return []
+
+
 # ------------------------------------------------------------------------------------------------------ the program
 def main(
     checkpoint_path: str | Path,
@@ -556,8 +596,11 @@ def main(
     num_samples: int,
     json_line: bool,
     profile: str | None,
+    all_reduce: str = "auto",
 ) -> None:
+    ranks = tp.init_dist(all_reduce)
     device, dtype = pick_device(device), pick_dtype(dtype)
+    device = ranks.device(device) if ranks else device
     if num_samples < 1:
         raise ValueError(f"--num_samples {num_samples}: it must be at least 1")
     recipe = pick_recipe(quant, groupsize)
@@ -580,6 +623,7 @@ def main(
 
     begin = time.perf_counter()
     model = load_model(directory, device, dtype, recipe)
+    sampler.shard(model)
     model.setup_caches(1, context)
     load_s, compile_s = time.perf_counter() - begin, None
 
@@ -592,17 +636,19 @@ def main(
         steps = {"decode": compile_decode(model), "prefill": compile_prefill(model)}
         warm_up(model, lambda p, n, **kw: generate(model, p, n, sampler, **steps, **kw), context, map(len, prompts))
         compile_s = time.perf_counter() - begin
-    if seed is not None:
-        torch.manual_seed(seed)  # after the warm-up, which draws numbers too
+    if seed is not None:  # after the warm-up, which draws numbers too; each rank draws for its own part of the tokens
+        torch.manual_seed(seed + (ranks.rank << 32) if ranks else seed)
 
     stop_ids = () if ignore_eos else tokenizer.stop_ids
     write = lambda text: print(text, end="", flush=True)  # noqa: E731
 
     def run(ids: list[int], start: int = 0) -> dict:
-        result = complete(
-            lambda: generate(model, [ids], max_new_tokens, sampler, **steps, stop_ids=stop_ids, start=start),
-            tokenizer, ids, stop_ids, stop, write,
-        )  # fmt: skip
+        generation = lambda: generate(  # noqa: E731
+            model, [ids], max_new_tokens, sampler, **steps, stop_ids=stop_ids, start=start
+        )
+        if ranks and ranks.rank:  # rank 0 decides where it ends
+            return {"tokens": len(list(generation()))}
+        result = complete(generation, tokenizer, ids, stop_ids, stop, write)
         speed = result["decode_tok_s"]
         bandwidth, peak = speed and speed * weight_bytes(model) / 1e9, peak_bandwidth(device)
         return result | {
@@ -614,16 +660,20 @@ def main(
             "peak_memory_gb": peak_memory_gb(device),
         }
 
-    with profiler(profile, device):
-        if interactive:
-            results = chat(run, tokenizer, max_new_tokens, context)
-        else:
-            results = []
-            for ids, text in zip(prompts, prompt or ["def fibonacci(n):"], strict=True):
-                for _ in range(num_samples):
-                    write(text)
-                    results.append(run(ids))
-                    print(flush=True)
+    def complete_all(run: Callable) -> list[dict]:
+        results = []
+        for ids, text in zip(prompts, prompt or ["def fibonacci(n):"], strict=True):
+            for _ in range(num_samples):
+                write(text)
+                results.append(run(ids))
+                print(flush=True)
+        return results
+
+    if ranks:
+        ranks.barrier()  # they load and compile at different speeds
+    with profiler(profile if not (ranks and ranks.rank) else None, device):
+        converse = lambda run: chat(run, tokenizer, max_new_tokens, context)  # noqa: E731
+        results = lead(ranks, run, converse if interactive else complete_all)
     for result in results[-1:] if interactive else results:
         print(report(result), file=sys.stderr)
     if json_line:
@@ -662,6 +712,7 @@ def parser() -> argparse.ArgumentParser:
     a("--interactive", action="store_true", help="chat in the terminal; end with Ctrl-D")
     a("--num_samples", type=int, default=1, metavar="N", help="completions of each prompt, one after another")
     a("--json", action="store_true", dest="json_line", help="last line of stdout: one JSON object with all figures")
+    a("--all_reduce", default="auto", metavar="A", help="under torchrun, on GPUs: nccl, or auto to take what is faster")
     a("--profile", metavar="FILE", help="write a Chrome trace of the generation (open it in ui.perfetto.dev)")
     return p
 
@@ -669,7 +720,8 @@ def parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, on_interrupt)
     try:
-        main(**vars(parser().parse_args()))
+        with tp.one_voice("generate.py"):
+            main(**vars(parser().parse_args()))
     except (ValueError, torch.OutOfMemoryError) as error:
         print(f"generate.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

@@ -321,11 +321,16 @@ class FusedLinearResidual(nn.Module):
     def __init__(self, plain: nn.Module):
         super().__init__()
         self.linear = plain.linear
+        # Where the columns are split over ranks, their results are summed, and one of them adds the residual.
+        self.all_reduce, self.adds_residual = getattr(plain, "all_reduce", None), getattr(plain, "adds_residual", True)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        if not few_rows(y):
-            return x + self.linear(y)
-        return torch.ops.hotloop.linear(y, *stored(self.linear), self.linear.bias, None, x, 0.0, 0.0, "")
+        residual = x if self.adds_residual else None
+        if few_rows(y):
+            z = torch.ops.hotloop.linear(y, *stored(self.linear), self.linear.bias, None, residual, 0.0, 0.0, "")
+        else:
+            z = self.linear(y) if residual is None else residual + self.linear(y)
+        return z if self.all_reduce is None else self.all_reduce(z)
 
 
 class FusedAttention(nn.Module):

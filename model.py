@@ -335,6 +335,10 @@ class MoE(nn.Module):
         self.top, self.norm_weights = args.n_experts_per_token, args.norm_expert_weights
 
     def forward(self, x: Tensor) -> Tensor:
+        return x + self.experts(x)
+
+    def experts(self, x: Tensor) -> Tensor:
+        """The branch without the residual: [B, T, C] -> [B, T, C]."""
         h = self.norm(x).view(-1, x.shape[-1])
         probs = self.router(h).float().softmax(-1)
         weight, expert = probs.topk(self.top, dim=-1)  # [N, top]
@@ -354,7 +358,7 @@ class MoE(nn.Module):
                 gate, up = self.gate_up.one(rows[mine], e).chunk(2, dim=-1)
                 y[mine] = self.down.one(self.activation(gate) * up, e)
         y = (y.view(-1, self.top, y.shape[-1]) * weight[:, :, None]).sum(1)
-        return x + y.view(x.shape)
+        return y.view(x.shape)
 
 
 class Block(nn.Module):

@@ -40,6 +40,8 @@ class QuantLinear(nn.Module):
     plain linear; `forward(x, expert)` and `one(x, e)` a stack, as model.ExpertLinear does.
     """
 
+    column_unit = 1  # input columns that only go together
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False, n_experts: int = 0):
         super().__init__()
         self.in_features, self.out_features, self.n_experts = in_features, out_features, n_experts
@@ -87,6 +89,30 @@ class QuantLinear(nn.Module):
     def one(self, x: Tensor, e: int) -> Tensor:
         """x [N, in] through expert e -> [N, out]."""
         return F.linear(x, self.dequantize_stored(**{n: getattr(self, n)[e] for n in self.layout()}).to(x.dtype))
+
+    def shard(self, rows=None, columns=None, bias: bool = True) -> tuple["QuantLinear", dict]:
+        """The linear of some output rows or some input columns -> (it, empty; what it holds of each stored tensor).
+
+        rows, columns: the [start, stop) ranges to keep, None: all. bias: of a linear cut by columns, whose results are
+        summed, only one may keep it. What it holds: name -> (dimension counted from the end, ranges along it), no
+        ranges for a tensor that is left out; whole tensors are not named. ValueError where a cut cannot be kept.
+        """
+        parts = self.column_parts(columns) if columns else {n: (-len(s), rows) for n, (s, _) in self.layout().items()}
+        if self.bias is not None and (rows or not bias):
+            parts["bias"] = -1, rows or []
+        K = sum(b - a for a, b in columns) if columns else self.in_features
+        N = sum(b - a for a, b in rows) if rows else self.out_features
+        with torch.device(self.weight.device):
+            has_bias = self.bias is not None and (bias or not columns)
+            return type(self)(K, N, has_bias, self.n_experts, **self.settings(columns)), parts
+
+    def column_parts(self, columns) -> dict:
+        """What is kept of each stored tensor by a cut to these ranges of input columns; scales are of whole rows."""
+        return {"weight": (-1, columns)}
+
+    def settings(self, columns) -> dict:
+        """The constructor's further arguments for a linear of these columns."""
+        return {}
 
     def pack(self) -> None:
         """Rearrange the stored tensors as this device's kernel wants them; the state dict does not change."""
@@ -150,6 +176,8 @@ class Int4Linear(QuantLinear):
     method: "rtn" or "hqq", what `quantize` does; with "gptq" the stored tensors are made by `calibrate`.
     """
 
+    column_unit = GROUPSIZES[0]
+
     def __init__(self, in_features, out_features, bias=False, n_experts=0, groupsize: int = 64, method: str = "rtn"):
         self.groupsize, self.method = groupsize, method  # before layout() is asked for
         super().__init__(in_features, out_features, bias, n_experts)
@@ -161,6 +189,26 @@ class Int4Linear(QuantLinear):
             "scale": ((N, groups), torch.float16),
             "zero": ((N, groups), torch.float16),
         }
+
+    def settings(self, columns):
+        groupsize = self.groupsize
+        if columns:
+            # Where a cut runs through a group, both sides hold smaller groups of its scale and zero: the same values.
+            edges = [edge for pair in columns for edge in pair]
+            fitting = [g for g in GROUPSIZES if g <= groupsize and not any(edge % g for edge in edges)]
+            if not fitting:
+                raise ValueError(f"a cut at columns {edges} is not at multiples of {GROUPSIZES[0]}, the smallest int4 "
+                                 "group; use fewer ranks, or int8")  # fmt: skip
+            groupsize = fitting[-1]
+        return {"groupsize": groupsize, "method": self.method}
+
+    def column_parts(self, columns):
+        small, large = self.settings(columns)["groupsize"], self.groupsize
+        if small == large:
+            groups = [(a // large, b // large) for a, b in columns]
+        else:
+            groups = [(i // large, i // large + 1) for a, b in columns for i in range(a, b, small)]
+        return {"weight": (-1, [(a // 2, b // 2) for a, b in columns]), "scale": (-1, groups), "zero": (-1, groups)}
 
     def quantize_matrix(self, weight: Tensor) -> dict[str, Tensor]:
         """float32 [out, in] -> stored tensors."""

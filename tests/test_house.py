@@ -30,7 +30,7 @@ ALLOWED = {
     "convert_hf_checkpoint": ({"model"}, {"checkpoint"}),
     "checkpoint": ({"model", "quantize", "tp", "convert_hf_checkpoint", "kernels", "kernels_cpu"}, set()),
     "generate": ({"checkpoint", "tokenizer", "speculative", "tp", "model", "quantize"}, set()),
-    "eval": ({"checkpoint", "tokenizer", "model", "generate", "quantize"}, set()),
+    "eval": ({"checkpoint", "tokenizer", "tp", "model", "generate", "quantize"}, set()),
     "train": ({"model", "checkpoint", "tokenizer", "convert_hf_checkpoint"}, set()),
     "benchmark": (ALL - {"benchmark"}, set()),
 }

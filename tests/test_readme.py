@@ -19,7 +19,7 @@ import benchmark
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = [p.name for p in sorted(ROOT.glob("*.py")) if "ArgumentParser(" in p.read_text()]
-OTHERS_FLAGS = set()  # of programs that are not ours, should the README name any
+OTHERS_FLAGS = {"--nproc_per_node", "--nnodes"}  # of programs that are not ours
 
 
 def blocks(language: str) -> list[str]:
@@ -75,6 +75,10 @@ def test_commands_are_accepted(words, monkeypatch, capsys):
         assert words[1:3] == ["install", "-r"] and (ROOT / words[3]).is_file()
     elif words[:3] == ["python", "-m", "pytest"]:
         assert len(words) == 3
+    elif words[0] == "torchrun":
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        assert words[1].startswith("--nproc_per_node=") and words[script] in PROGRAMS
+        parse(words[script], words[script + 1 :], monkeypatch)
     else:
         assert words[0] == "python" and words[1] in PROGRAMS
         parse(words[1], words[2:], monkeypatch)
@@ -161,6 +165,18 @@ def test_decode_table_shows_the_latest_row_of_each_kind():
     assert "| 1,234.6 |" in lines[1] and "| 66 | 12.3 | 20 |" in lines[1]
 
 
+def test_scaling_table_compares_with_one_gpu():
+    many = {**SPEED, "ranks": 2, "tok_s": 2000.0, "all_reduce": "nccl", "all_reduce_us": 18.04,
+            "percent_communication": 9.9}  # fmt: skip
+    made = benchmark.fill_tables("<!-- table:scaling -->\n<!-- end -->", [SPEED, many, {**many, "mode": "bf16"}])
+    rows = [line.split(" | ") for line in made.splitlines() if line.startswith("| m ")]
+    assert [(row[1], row[3], row[5], row[7:11]) for row in rows] == [
+        ("bf16", "2", "2,000.0", ["", "nccl", "18.0", "10"]),
+        ("int8", "2", "2,000.0", ["1.62", "nccl", "18.0", "10"]),
+    ]
+    assert body([many], "decode") == "No measurements recorded yet."
+
+
 def test_perplexity_table_shows_the_change_against_bf16():
     int4 = {**PERPLEXITY, "mode": "int4", "method": "gptq", "groupsize": 64, "size_mb": 4.2}
     rows = [PERPLEXITY, {**int4, "perplexity": 99.0}, {**int4, "perplexity": 8.1}, {**int4, "model": "n"}]
@@ -173,7 +189,7 @@ def test_perplexity_table_shows_the_change_against_bf16():
 
 
 def test_an_unknown_table_is_an_error():
-    with pytest.raises(ValueError, match="table:speed.*known: decode, perplexity"):
+    with pytest.raises(ValueError, match="table:speed.*known: decode, scaling, perplexity"):
         benchmark.fill_tables("<!-- table:speed -->\n<!-- end -->", [])
 
 

@@ -1,0 +1,698 @@
+"""Tensor parallelism: which part of each weight a rank holds, the collectives between ranks, and how they end together.
+
+    torchrun --nproc_per_node=2 generate.py --prompt "def fibonacci(n):"
+
+A layer is split as in Megatron: QKV and gate/up by output rows (whole heads, each expert inside itself), output and
+down projections by input columns, followed by an all-reduce; embedding and head by rows of the vocabulary. Activations
+are the same on every rank, bit for bit, and so is every token: it is chosen from gathered data.
+
+`init_dist` finds the other ranks, `apply_tp` shards a model on the meta device, `one_voice` is the frame of a program:
+only rank 0 prints, and a rank that dies or fails ends all with one line. In a process that is alone all of it is idle.
+
+Sources: Megatron-LM (arXiv 1909.08053), PyTorch's torch.distributed and symmetric memory documentation.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import math
+import os
+import secrets
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Ranges = list[tuple[int, int]]  # [start, stop) along one dimension, in the order in which they are joined
+Part = tuple[int, Ranges]  # of a tensor: (dimension, counted from the end; what is kept of it). Empty ranges: nothing.
+
+# Module name suffix -> (which dimension of its weight [..., out, in] is split, what it is split over).
+PLAN = {
+    "tok_embeddings": ("rows", "vocab"),
+    "output": ("rows", "vocab"),
+    "qkv.linear": ("rows", "qkv"),
+    "out.linear": ("columns", "heads"),
+    "gate_up.linear": ("rows", "gate_up"),
+    "down.linear": ("columns", "hidden"),
+    "moe.gate_up": ("rows", "gate_up"),
+    "moe.down": ("columns", "hidden"),
+}
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # ranks compile and autotune apart; deaths are noticed otherwise
+CONTROL_TIMEOUT = datetime.timedelta(days=30)  # ranks wait for what rank 0 reads from a terminal
+ONE_SHOT_LIMIT = 1 << 20  # bytes: the largest all-reduce that the one-shot kernel is tried on
+
+
+# ----------------------------------------------------------------------------------------------------- the ranks
+class Ranks:
+    """This process among the others: rank, world (how many), local_rank (on this machine), and control messages.
+
+    Made by `init_dist`. Control messages are Python objects over gloo, always, so that they work before and beside
+    whatever the GPUs do.
+    """
+
+    def __init__(self, rank: int, world: int, local_rank: int, all_reduce: str = "auto"):
+        self.rank, self.world, self.local_rank = rank, world, local_rank
+        self.mode = all_reduce
+        self.one_shot: dict[torch.dtype, Tensor] = {}  # symmetric buffers of the dtypes for which they pay
+        self.control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        self.library = _register_operators()
+        self.lifeline = Lifeline(self)
+
+    def device(self, device: torch.device) -> torch.device:
+        """The device of this rank, given the one asked for. ValueError where there is none of that kind for it."""
+        if device.type == "cpu":
+            return device
+        if device.type != "cuda":
+            raise ValueError(f"--device {device}: under torchrun it must be cuda or cpu")
+        if device.index is not None:
+            raise ValueError(f"--device {device}: under torchrun each rank takes its own GPU; give --device cuda")
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)), torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(f"{here} ranks on a machine with {gpus} GPUs: give --nproc_per_node={gpus} or fewer")
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    def broadcast(self, value=None):
+        """Rank 0's value, a Python object, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value) -> list:
+        """Every rank's value, in order."""
+        values = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def agree(self, go: bool) -> bool:
+        """Rank 0's decision. One byte: it is asked for before every token."""
+        decision = torch.tensor([go], dtype=torch.uint8)
+        dist.broadcast(decision, src=0, group=self.control)
+        return bool(decision.item())
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.control)
+
+    def check_same(self, what: str, value) -> None:
+        """ValueError, on every rank, where a rank's value (told as text) is not rank 0's."""
+        first, *others = self.gather(str(value))
+        for rank, theirs in enumerate(others, 1):
+            if theirs != first:
+                i = next((i for i, (a, b) in enumerate(zip(first, theirs, strict=False)) if a != b), 0)
+                i = max(0, i - 20)
+                raise ValueError(f"ranks must read the same {what}: rank {rank} has ...{theirs[i : i + 80]}..., "
+                                 f"rank 0 ...{first[i : i + 80]}...")  # fmt: skip
+
+    def close(self) -> None:
+        """End together: call it when the work is done and every model and CUDA graph has been let go."""
+        global _ranks
+        self.barrier()
+        self.lifeline.closing = True
+        self.barrier()  # from here on a connection that ends is no death
+        self.lifeline.close()
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            stuck = threading.Timer(30, os._exit, [0])  # NCCL may wait for ever for what a graph had captured
+            stuck.daemon = True
+            stuck.start()
+        dist.destroy_process_group()
+        _ranks = None
+
+
+_ranks: Ranks | None = None
+_program = "hotloop"  # who speaks in a line on stderr
+
+
+def current() -> Ranks | None:
+    """What `init_dist` returned; None: this process is alone."""
+    return _ranks
+
+
+def under_torchrun() -> bool:
+    """Whether a launcher has made this process one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+
+
+def init_dist(all_reduce: str = "auto") -> Ranks | None:
+    """Join the other ranks, by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; None where there are none.
+
+    all_reduce: "nccl", or "auto" to let `choose_all_reduce` measure what is faster on CUDA. ValueError: another word.
+    """
+    global _ranks
+    if all_reduce not in ("auto", "nccl"):
+        raise ValueError(f"--all_reduce {all_reduce}: not known; known: auto, nccl")
+    if not under_torchrun() or _ranks is not None:
+        return _ranks
+    # NVLink multicast stays off, in NCCL and in symmetric memory: a fault in it takes the whole machine along.
+    os.environ["NCCL_NVLS_ENABLE"] = "0"
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
+    _ranks = Ranks(rank, world, int(os.environ.get("LOCAL_RANK", rank)), all_reduce)
+    return _ranks
+
+
+# ------------------------------------------------------------------------------------------ ending all, with one line
+class Lifeline:
+    """A TCP connection from every rank to rank 0: when a process dies, its end tells the others at once.
+
+    A thread watches, so that it does not matter what a rank is doing or waiting for. Messages are lines of JSON:
+    "failed" (a rank's reason and exit code) to rank 0, "end" (the exit code of all) from it.
+    """
+
+    GRACE = 2.0  # seconds for the other ranks to run into the same error, or for a death to explain a failure
+
+    def __init__(self, ranks: Ranks):
+        self.rank, self.world, self.closing = ranks.rank, ranks.world, False
+        self.stderr = sys.__stderr__
+        self.failed: dict[int, tuple[int, str]] = {}  # rank -> (exit code, reason)
+        self.lock, self.parent = threading.Lock(), os.getppid()
+        self.peers: dict[socket.socket, int] = {}
+        if self.rank == 0:
+            self._accept(ranks)
+        else:
+            port, token = ranks.broadcast()
+            peer = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+            peer.sendall(f"{token} {self.rank}\n".encode())
+            self.peers[peer] = 0
+        for peer in self.peers:
+            peer.settimeout(None)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that lost its power, within 40 s
+            for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+                if hasattr(socket, option):
+                    peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self.wake, self.waker = socket.socketpair()
+        if threading.current_thread() is threading.main_thread():
+            # Python runs signal handlers between bytecodes, which a rank inside a collective does not reach; the
+            # number of a signal is written here at once.
+            self.waker.setblocking(False)
+            self.before = signal.set_wakeup_fd(self.waker.fileno()), signal.signal(signal.SIGTERM, lambda *_: None)
+        self.thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+        self.thread.start()
+
+    def _accept(self, ranks: Ranks) -> None:
+        both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+        with socket.create_server(("", 0), **both) as server:
+            server.settimeout(60)
+            token = secrets.token_hex(16)  # whoever else finds the port is not let in
+            ranks.broadcast((server.getsockname()[1], token))
+            while len(self.peers) < self.world - 1:
+                peer, _ = server.accept()
+                peer.settimeout(60)
+                word, _, rank = peer.makefile().readline().partition(" ")
+                if word == token:
+                    self.peers[peer] = int(rank)
+                else:
+                    peer.close()
+
+    def _watch(self) -> None:
+        """The thread: wait for a death, a message, a signal or the launcher's end."""
+        buffers, deadline, code = dict.fromkeys(self.peers, b""), math.inf, 1
+        while True:
+            wait = min(1.0, max(0.0, deadline - time.monotonic()))
+            ready, _, _ = select.select([*buffers, self.wake], [], [], wait)
+            for peer in ready:
+                try:
+                    data = peer.recv(4096)
+                except OSError:  # reset: it died with something unread
+                    data = b""
+                if peer is self.wake:
+                    if not data or self.closing:
+                        return
+                    if data[-1] in (signal.SIGTERM, signal.SIGINT):  # the main thread may be stuck: end it from here
+                        deadline, code = min(deadline, time.monotonic() + 1.0), 128 + data[-1]
+                elif data:
+                    *lines, buffers[peer] = (buffers[peer] + data).split(b"\n")
+                    for message in map(json.loads, lines):
+                        if message["kind"] == "end":
+                            self._exit(message["code"])
+                        self.failed[self.peers[peer]] = message["code"], message["reason"]
+                        deadline = min(deadline, time.monotonic() + self.GRACE)
+                else:
+                    rank = self.peers[peer]
+                    del buffers[peer]
+                    if not self.closing and rank not in self.failed:
+                        self.end(1, f"rank {rank} died (killed, or out of memory); all ranks end")
+            if not self.closing and os.getppid() != self.parent:  # the launcher was killed
+                os._exit(1)
+            if time.monotonic() >= deadline and not self.closing:
+                rank = min(self.failed, default=None)
+                code, reason = self.failed.get(rank, (code, ""))
+                self.end(code, reason and f"rank {rank}: {reason}")
+
+    def fail(self, code: int, reason: str, detail: str = "") -> None:
+        """The main thread cannot go on: end all ranks with this exit code. Does not return.
+
+        reason: one line; empty where there is nothing to say (Ctrl-C). detail: a traceback, for rank 0's own errors.
+        """
+        if self.rank != 0:
+            with contextlib.suppress(OSError):
+                self._send({"kind": "failed", "code": code, "reason": reason})
+            time.sleep(20)  # the thread ends this process, when rank 0 says so
+            self._exit(code)
+        until = time.monotonic() + (self.GRACE if reason else 0)
+        while time.monotonic() < until and len(self.failed) < self.world - 1:
+            time.sleep(0.01)  # if another rank has died, that is the reason, and the thread ends this process with it
+        everywhere = len(self.failed) == self.world - 1
+        self.end(code, reason and (reason if everywhere else f"rank 0: {reason}") + detail)
+
+    def end(self, code: int, line: str) -> None:
+        """Print one line, if any, and end all ranks. Does not return."""
+        with self.lock:
+            if line and self.rank in (0, 1):  # rank 1 tells of rank 0's death
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"{_program}: {line}", file=self.stderr, flush=True)
+            if self.rank == 0:
+                with contextlib.suppress(OSError):
+                    self._send({"kind": "end", "code": code})
+            self._exit(code)
+
+    def _send(self, message: dict) -> None:
+        for peer in self.peers:
+            peer.sendall(json.dumps(message).encode() + b"\n")
+
+    def _exit(self, code: int) -> None:
+        """At once: destructors of process groups wait for ranks that are gone."""
+        if threading.current_thread() is threading.main_thread():  # another thread may hold the stream, and be stuck
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):
+                    stream.flush()
+        os._exit(code)
+
+    def close(self) -> None:
+        """Stop watching; the signals are as they were."""
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self.before[0])
+            signal.signal(signal.SIGTERM, self.before[1])
+        self.waker.setblocking(True)
+        self.waker.sendall(b"\0")
+        self.thread.join(5)
+        for s in (*self.peers, self.wake, self.waker):
+            s.close()
+
+
+@contextlib.contextmanager
+def one_voice(program: str) -> Iterator[None]:
+    """The frame of a program under torchrun: only rank 0 prints; whatever ends one rank ends all, with one line.
+
+    Exit codes are those of one process: 2 for bad input (ValueError) and memory that does not suffice, 130 for Ctrl-C,
+    1 for what nobody foresaw. Under one process it does nothing.
+    """
+    global _program
+    if not under_torchrun():
+        yield
+        return
+    _program, loud = program, os.environ["RANK"] == "0"
+    if not loud:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    try:
+        yield
+        if _ranks is not None:
+            _ranks.close()
+        return
+    except SystemExit as error:  # argparse has printed already, on rank 0 alone
+        code, reason, detail = error.code if isinstance(error.code, int) else int(error.code is not None), "", ""
+    except KeyboardInterrupt:
+        code, reason, detail = 130, "", ""
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code, reason, detail = 141, "", ""
+    except (ValueError, torch.OutOfMemoryError, MemoryError) as error:
+        code, reason, detail = 2, (str(error) or "out of memory").splitlines()[0], ""
+    except Exception as error:  # a defect, or a collective whose partner is gone
+        code, detail = 1, "\n" + traceback.format_exc()
+        reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    if _ranks is not None:
+        _ranks.lifeline.fail(code, reason, detail)
+    if not loud and code:
+        time.sleep(5)  # rank 0 is about to say the same, and the launcher ends all when the first is gone
+    if reason:
+        print(f"{program}: {reason}{detail}", file=sys.stderr if loud else sys.__stderr__)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------- collectives
+def _register_operators() -> torch.library.Library:
+    """hotloop::all_reduce and all_gather: one opaque call each for torch.compile, whatever runs inside."""
+    library = torch.library.Library("hotloop", "FRAGMENT")
+    library.define("all_reduce(Tensor x) -> Tensor")
+    library.define("all_gather(Tensor x) -> Tensor")
+    library.impl("all_reduce", _all_reduce, "CompositeExplicitAutograd")
+    library.impl("all_gather", _all_gather, "CompositeExplicitAutograd")
+    contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    torch.library.register_fake("hotloop::all_reduce", contiguous, lib=library)
+    torch.library.register_fake("hotloop::all_gather", lambda x: x.new_empty(_ranks.world, *x.shape), lib=library)
+    return library
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum of x over all ranks, the same bits on each, as a new tensor of x's shape and dtype."""
+    return torch.ops.hotloop.all_reduce(x)
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """x of every rank -> [world, *x.shape]. Shapes must agree."""
+    return torch.ops.hotloop.all_gather(x)
+
+
+def _all_reduce(x: Tensor) -> Tensor:
+    if x.is_cpu:  # float32 sums: gloo would round to bfloat16 at every step
+        y = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(y)
+        return y.to(x.dtype)
+    buffer = _ranks.one_shot.get(x.dtype)
+    if buffer is not None and x.numel() <= buffer.numel() and x.nbytes % 16 == 0:
+        return _one_shot(x, buffer)
+    return _nccl(x)
+
+
+def _nccl(x: Tensor) -> Tensor:
+    y = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(y)
+    return y
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    if not x.is_cuda:
+        y = x.new_empty(_ranks.world, *x.shape)
+        dist.all_gather(list(y.unbind()), x.contiguous())
+        return y
+    buffer = _ranks.one_shot.get(x.dtype)
+    if buffer is not None and x.numel() * _ranks.world <= buffer.numel():  # a sum of zeros and one value
+        y = x.new_zeros(_ranks.world, *x.shape)
+        y[_ranks.rank] = x
+        return _all_reduce(y)
+    y = x.new_empty(_ranks.world, *x.shape)
+    dist.all_gather_into_tensor(y, x.contiguous())
+    return y
+
+
+def _one_shot(x: Tensor, buffer: Tensor) -> Tensor:
+    """Every rank copies x to where the others can read it over NVLink, waits for them, and sums all: one kernel."""
+    shared = buffer[: x.numel()].view(x.shape)
+    return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.contiguous(), "sum", dist.group.WORLD.group_name)
+
+
+def choose_all_reduce(width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Measure NCCL against the one-shot kernel for 1 to 16 rows of `width`, and take what is faster from now on.
+
+    In `dtype`, for activations, and in float32, for what sampling gathers. Nothing to choose on a CPU, in float16, or
+    with --all_reduce nccl. Collective: every rank calls it, before any CUDA graph is captured, and rank 0's measurement
+    decides for all.
+    """
+    ranks = _ranks
+    if ranks is None or device.type != "cuda" or ranks.mode == "nccl":
+        return
+    others = [i for i in range(ranks.world) if i != ranks.local_rank]
+    one_machine = len(set(ranks.gather(socket.gethostname()))) == 1
+    linked = one_machine and all(torch.cuda.can_device_access_peer(ranks.local_rank, i) for i in others)
+    if not all(ranks.gather(linked)):
+        return
+    for kind in sorted({dtype, torch.float32} - {torch.float16, *ranks.one_shot}, key=str):  # alike on all ranks
+        buffer, reason = None, "its sums differ from NCCL's or between ranks"
+        try:
+            buffer = _one_shot_buffer(kind, device)
+        except (RuntimeError, AttributeError, ImportError) as error:  # no peer access, an older PyTorch
+            reason = str(error).splitlines()[0]
+        if not all(ranks.gather(buffer is not None)):
+            if ranks.rank == 0:
+                print(f"tp: NCCL reduces; symmetric memory cannot be used here: {reason}", file=sys.stderr)
+            return
+        best = 0
+        for rows in (1, 2, 4, 8, 16):
+            x = torch.ones(rows * width, dtype=kind, device=device)
+            if x.nbytes > ONE_SHOT_LIMIT:
+                break
+            ours, nccl = _seconds(functools.partial(_one_shot, buffer=buffer), x), _seconds(_nccl, x)
+            if not ranks.agree(ours < nccl):
+                break
+            best = x.numel()
+        if best:
+            ranks.one_shot[kind] = buffer[:best]
+
+
+def _one_shot_buffer(dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Memory that all ranks can read; None where sums through it are wrong, or not the same bits on every rank."""
+    import torch.distributed._symmetric_memory as symm_mem
+
+    buffer = symm_mem.empty(ONE_SHOT_LIMIT // dtype.itemsize, dtype=dtype, device=device)
+    symm_mem.rendezvous(buffer, dist.group.WORLD)
+    exact = torch.randint(-8, 8, (4096,), device=device).to(dtype)  # sums of small integers have no rounding
+    works = torch.equal(_one_shot(exact, buffer), _nccl(exact))
+    noise = _one_shot(torch.randn(4096, device=device).to(dtype), buffer)  # experts are chosen by such sums
+    every = torch.empty(_ranks.world, 4096, dtype=dtype, device=device)
+    dist.all_gather_into_tensor(every, noise)
+    return buffer if works and bool((every == noise).all()) else None
+
+
+def _seconds(work: Callable[[Tensor], Tensor], x: Tensor, calls: int = 50) -> float:
+    """Seconds of one call: on CUDA of a graph of many, as decoding replays them; the median of five."""
+    if not x.is_cuda:
+        work(x)
+        times = []
+        for _ in range(calls):
+            begin = time.perf_counter()
+            work(x)
+            times.append(time.perf_counter() - begin)
+        return sorted(times)[len(times) // 2]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work(x)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    _ranks.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            work(x)
+    times = []
+    for _ in range(6):
+        _ranks.barrier()
+        begin = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) / calls)
+    return sorted(times[1:])[2]
+
+
+def communication_seconds(model: nn.Module, batch: int) -> float:
+    """Seconds that the all-reduces of one decode step take by themselves, measured one after another."""
+    weight = model.tok_embeddings.weight
+    x = torch.zeros(batch, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return (2 * len(model.layers) + 1) * _seconds(all_reduce, x)  # two a layer, one after the embedding
+
+
+# ----------------------------------------------------------------------------------------------------- the sharding
+def split(size: int, rank: int, world: int, unit: int = 1) -> tuple[int, int]:
+    """[start, stop) of a rank's share of `size`, in whole units: all alike where that goes, else as even as it gets.
+
+    ValueError where there are fewer units than ranks.
+    """
+    if size % (world * unit):
+        unit = max(unit, math.gcd(size, 32)) if size // max(unit, math.gcd(size, 32)) >= world else unit
+    n = size // unit
+    if n < world or size % unit:
+        raise ValueError(f"{size} columns in units of {unit} cannot be split over {world} ranks; use fewer ranks")
+    return n * rank // world * unit, n * (rank + 1) // world * unit
+
+
+def split_heads(n_heads: int, n_kv_heads: int, rank: int, world: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """([start, stop) of a rank's query heads, the same of its kv heads). Fewer kv heads than ranks are replicated.
+
+    ValueError where heads would be uneven.
+    """
+    remedy = f"use a number of ranks that divides {math.gcd(n_heads, n_kv_heads) if n_kv_heads >= world else n_heads}"
+    if n_heads % world:
+        raise ValueError(f"{n_heads} heads cannot be split over {world} ranks; {remedy}")
+    if n_kv_heads % world and world % n_kv_heads:
+        raise ValueError(f"{n_kv_heads} kv heads cannot be split over {world} ranks; {remedy}")
+    q = n_heads // world
+    k = max(1, n_kv_heads // world)
+    first = rank * n_kv_heads // world
+    return (rank * q, (rank + 1) * q), (first, first + k)
+
+
+def apply_tp(model: nn.Module, rank: int, world: int) -> dict[str, Part]:
+    """Shard a whole model on the meta device -> for each entry of its state dict that is cut, the part of this rank.
+
+    Entries that are not named are whole on every rank. Modules are replaced or shrunk in place; model.args stays that
+    of the whole model. A quantized linear shards itself by its method `shard`. ValueError for heads or columns that
+    cannot be split.
+    """
+    args = model.args
+    (q0, q1), (k0, k1) = split_heads(args.n_heads, args.n_kv_heads, rank, world)
+    D, q_rows, kv_rows = args.head_dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    downs = (m for name, m in model.named_modules() if name.endswith(("down.linear", "moe.down")))
+    unit = max(getattr(m, "column_unit", 1) for m in downs)
+    a, b = split(args.hidden_dim, rank, world, unit)
+    vocab = split(args.vocab_size, rank, world)
+    cuts = {
+        "vocab": [vocab],
+        "qkv": [(q0 * D, q1 * D), (q_rows + k0 * D, q_rows + k1 * D)]
+        + [(q_rows + kv_rows + k0 * D, q_rows + kv_rows + k1 * D)],
+        "heads": [(q0 * D, q1 * D)],
+        "gate_up": [(a, b), (args.hidden_dim + a, args.hidden_dim + b)],
+        "hidden": [(a, b)],
+    }
+    parts: dict[str, Part] = {}
+    for name, module in list(model.named_modules()):
+        style = next((s for suffix, s in PLAN.items() if name == suffix or name.endswith("." + suffix)), None)
+        if style is None:
+            continue
+        dim, over = style
+        try:
+            cut = {dim: cuts[over]}
+            mine, kept = (module.shard if hasattr(module, "shard") else _shard_plain(module))(**cut, bias=rank == 0)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        parts |= {f"{name}.{leaf}": part for leaf, part in kept.items()}
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, mine)
+    model.tok_embeddings = ShardedEmbedding(model.tok_embeddings.weight, vocab[0])
+    if args.tie_embeddings and isinstance(model.output, nn.Linear):
+        model.output.weight = model.tok_embeddings.weight
+    for layer in model.layers:
+        layer.attention.group = (q1 - q0) // (k1 - k0)
+        layer.out = ReducedLinearResidual(layer.out, rank)
+        if layer.is_moe:
+            layer.moe = ReducedMoE(layer.moe)
+        else:
+            layer.down = ReducedLinearResidual(layer.down, rank)
+    model.logits = ShardedLogits(model.logits, args.vocab_size, rank, world)
+    return parts
+
+
+def _shard_plain(module: nn.Module) -> Callable:
+    """The `shard` that nn.Linear, nn.Embedding and model.ExpertLinear lack; they are shrunk in place."""
+
+    def shard(rows: Ranges | None = None, columns: Ranges | None = None, bias: bool = True):
+        shape, parts = list(module.weight.shape), {}
+        dim, ranges, attribute = (-2, rows, "out_features") if rows else (-1, columns, "in_features")
+        shape[dim] = sum(b - a for a, b in ranges)
+        parts["weight"] = dim, ranges
+        module.weight = nn.Parameter(module.weight.new_empty(shape))
+        if hasattr(module, attribute):
+            setattr(module, attribute, shape[dim])
+        if getattr(module, "bias", None) is not None:
+            if rows:
+                parts["bias"] = -1, rows
+                module.bias = nn.Parameter(module.bias.new_empty(shape[-2]))
+            elif not bias:  # the sum over ranks holds it once
+                parts["bias"] = -1, []
+                module.bias = None
+        return module, parts
+
+    return shard
+
+
+def take(tensor: Tensor, part: Part | None) -> Tensor:
+    """The part of a tensor, as a copy, so that the whole can go; None: the tensor."""
+    if part is None:
+        return tensor
+    dim, ranges = part
+    return torch.cat([tensor.narrow(dim, a, b - a) for a, b in ranges], dim=dim).contiguous()
+
+
+class ShardedEmbedding(nn.Module):
+    """Rows start, start + 1, ... of an embedding; the others add zero, so that a sum over ranks is the lookup."""
+
+    def __init__(self, weight: nn.Parameter, start: int):
+        super().__init__()
+        self.weight, self.start = weight, start
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        local, n = tokens - self.start, self.weight.shape[0]
+        x = F.embedding(local.clamp(0, n - 1), self.weight)
+        return all_reduce(x * ((local >= 0) & (local < n))[..., None])
+
+
+class ReducedLinearResidual(nn.Module):
+    """x + the sum over ranks of linear(y), its norm after the sum. Made from model.LinearResidual.
+
+    `all_reduce` and `adds_residual` are for a kernel that takes the place of this module: the sum of what the ranks
+    compute holds the residual once if only one of them adds it.
+    """
+
+    def __init__(self, plain: nn.Module, rank: int):
+        super().__init__()
+        self.linear, self.post_norm = plain.linear, plain.post_norm
+        self.all_reduce, self.adds_residual = all_reduce, rank == 0
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        y = self.all_reduce(self.linear(y))
+        return x + (y if self.post_norm is None else self.post_norm(y))
+
+
+class ReducedMoE(nn.Module):
+    """x + the sum over ranks of what the shares of the experts give. Made from model.MoE."""
+
+    def __init__(self, plain: nn.Module):
+        self.__dict__ = plain.__dict__  # one state, another forward
+        self.experts = plain.experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + all_reduce(self.experts(x))
+
+
+class ShardedLogits:
+    """model.logits: [B, T, C] -> [B, T, V], gathered; or, where `local` is set, this rank's part for `sample_shard`.
+
+    Parts may differ in size; the shorter ones are padded with -inf to `width`. This rank's begins at id `start`.
+    """
+
+    def __init__(self, plain: Callable[[Tensor], Tensor], vocab_size: int, rank: int, world: int):
+        self.plain, self.local = plain, False
+        bounds = [split(vocab_size, r, world) for r in range(world)]
+        self.sizes, self.start = [b - a for a, b in bounds], bounds[rank][0]
+        self.width = max(self.sizes)
+        self.pad = self.width - self.sizes[rank]
+
+    def __call__(self, features: Tensor) -> Tensor:
+        logits = self.plain(features)
+        if self.pad:
+            logits = F.pad(logits, (0, self.pad), value=-math.inf)
+        if self.local:
+            return logits
+        every = all_gather(logits).unbind()
+        return torch.cat([part[..., :n] for part, n in zip(every, self.sizes, strict=True)], dim=-1)
+
+
+def sample_shard(sample: Callable, logits: Tensor, start: int, temperature: float, top_k: int | None,
+                 everything: bool) -> Tensor:  # fmt: skip
+    """Sample from sharded logits [B, width], this rank's from id `start` on -> token ids [B, 1], the same on all ranks.
+
+    sample(logits, noise) -> index [B, 1] is the rule. Only what can win is gathered: of each rank the best (greedy),
+    the top_k, or, without filters, the winner of its own exponential race; all that there is where `everything` is
+    set, for filters that need the whole distribution. The noise travels with its candidate, so that every rank decides
+    from the same numbers, whatever its own generator holds.
+    """
+    values, ids = logits.float(), None
+    noise = torch.ones_like(values) if temperature == 0 else torch.empty_like(values).exponential_().clamp_min(1e-20)
+    if temperature == 0:
+        values, ids = values.max(-1, keepdim=True)
+    elif top_k:
+        values, ids = values.topk(min(top_k, values.shape[-1]))
+    elif not everything:  # p / noise is largest where log p - log noise is
+        ids = (values / temperature - noise.log()).argmax(-1, keepdim=True)
+        values = values.gather(-1, ids)
+    if ids is None:
+        ids = torch.arange(values.shape[-1], device=values.device).expand_as(values)
+    noise = noise.gather(-1, ids)
+    # Ids as float32 are exact below 2^24; a vocabulary has 2^18. One collective carries all.
+    every = all_gather(torch.stack([values, (ids + start).float(), noise], -1))  # [world, B, k, 3]
+    values, ids, noise = every.transpose(0, 1).flatten(1, 2).unbind(-1)
+    return ids.gather(-1, sample(values, noise)).long()
