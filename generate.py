@@ -534,7 +534,7 @@ def load_draft(model: Transformer, directory: Path, draft_path: str | None, draf
         if difference := Tokenizer(source).difference(Tokenizer(directory)):
             raise ValueError(f"{source}: another tokenizer than {directory} has, so it cannot propose: {difference}")
         if args.max_seq_len < context:
-            raise ValueError(f"{source}: the draft's context is {args.max_seq_len} tokens, and {context} are asked for; "
+            raise ValueError(f"{source}: the draft has a context of {args.max_seq_len} tokens, {context} are needed; "
                              "give fewer --max_new_tokens, a shorter prompt or (in a chat) a smaller --max_seq_len")
     recipe = make_recipe(draft) if draft else None
     need = memory_of(args, recipe or stored, dtype or model.tok_embeddings.weight.dtype, context)
@@ -707,7 +707,7 @@ def main(
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE_DIR / "inductor"))
         begin = time.perf_counter()
         steps["decode"] = compile_decode(model)
-        for _ in steps["speculation"].every_depth() if k is not None else [None]:
+        for _ in steps["speculation"].every_depth() if steps.get("speculation") else [None]:
             warm_up(model, lambda p, n, **kw: generate(model, p, n, sampler, **steps, **kw), context)
         compile_s = time.perf_counter() - begin
     if seed is not None:
@@ -729,7 +729,8 @@ def main(
             name = " ".join(filter(None, [draft_checkpoint_path, draft]))
             before = plain["decode_tok_s"] if compare else None
             result["speculation"] = {"proposer": name, "k": k, **steps["speculation"].statistics.summary(),
-                                     "plain_tok_s": before, "speedup": speed / before if speed and before else None}  # fmt: skip
+                                     "plain_tok_s": before,
+                                     "speedup": speed / before if speed and before else None}  # fmt: skip
             speed = None  # a step reads the weights once for several tokens
         bandwidth, peak = speed and speed * weight_bytes(model) / 1e9, peak_bandwidth(device)
         return result | {

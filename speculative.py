@@ -161,10 +161,10 @@ class Statistics:
         self.seconds = {"draft": 0.0, "verify": 0.0, "plain": 0.0}
 
     def add(self, k: int, seconds: Sequence[float], rows: int, tokens: int, kept: Sequence[int]) -> None:
-        """A step at k: seconds to propose and to verify (or decode), rows that ran, tokens for them, proposals kept."""
+        """A step at k: seconds to catch up, propose and verify (or decode); rows that ran; tokens they got and kept."""
         self.steps, self.rows, self.tokens = self.steps + 1, self.rows + rows, self.tokens + tokens
-        self.seconds["draft"] += seconds[0]
-        self.seconds["verify" if k else "plain"] += seconds[1]
+        self.seconds["draft"] += seconds[0] + seconds[1]
+        self.seconds["verify" if k else "plain"] += seconds[2]
         for n in kept:
             for j in range(k):
                 self.proposed[j] += 1
@@ -186,15 +186,21 @@ class Statistics:
 class Pace:
     """Chooses how many tokens to propose, 0 included, from the acceptance and the costs it has seen.
 
-    A step at k gives 1 + sum over j <= k of P(the first j are kept) tokens for cost(k) seconds. What speculation may
-    lose against plain decoding is bounded: `slack`, in plain steps, starts at a few, grows by a fiftieth each token
-    and by what is gained, shrinks by what is lost, and a step whose worst case exceeds it is not taken.
+    A step at k gives 1 + sum over j <= k of P(the first j are kept) tokens for cost(k) seconds; the best ratio wins.
+    What speculation may lose against plain decoding is bounded: `slack`, in plain steps, starts at a few, grows by a
+    fiftieth each token and by what is gained, shrinks by what is lost, and nothing is tried whose worst case, no token
+    kept, exceeds it. So at least 95% of plain decoding's speed remain after some 200 tokens.
     """
 
-    START, CAP, GROWTH, WAIT = 4.0, 12.0, 0.02, 16
+    START, CAP, GROWTH = 6.0, 20.0, 0.02
+    TRIAL = 3  # steps in a row when speculation begins: the draft has to catch up, which one step would not pay back
+    WAIT = 16  # plain steps before the next trial, doubled each time that one is in vain
+    REFRESH = 64  # speculative steps before the cost of a plain one is measured again
 
     def __init__(self, depths: Sequence[int] = DEPTHS):
-        self.depths, self.slack, self.idle, self.doubt = depths, self.START, 0, 1
+        self.depths, self.slack = depths, self.START
+        self.plain_steps = self.steps = self.trial = 0  # of a kind in a row; what is left of a trial
+        self.trial_k, self.doubt = 0, 1
         self.costs = {k: deque(maxlen=9) for k in (0, *depths)}  # seconds
         # By position: rows that kept all before it, and of these the rows that kept it too; the past fades.
         self.reached, self.kept = [0.0] * max(depths), [0.0] * max(depths)
@@ -202,7 +208,7 @@ class Pace:
     def cost(self, k: int) -> float:
         """Seconds of a step: the median of the latest, or a guess by the nearest depth that was measured."""
         if self.costs[k]:
-            return statistics.median(self.costs[k])
+            return statistics.median(self.costs[k]) if len(self.costs[k]) > 2 else min(self.costs[k])
         plain = self.cost(0)
         known = min((d for d in self.depths if self.costs[d]), key=lambda d: abs(d - k), default=None)
         return plain * (1 + 0.25 * k) if known is None else plain + (self.cost(known) - plain) * k / known
@@ -218,27 +224,37 @@ class Pace:
 
     def choose(self) -> int:
         """The k of the next step."""
-        if len(self.costs[0]) < 2:
+        if len(self.costs[0]) < 2 or self.steps >= self.REFRESH:
             return 0
-        plain = self.cost(0)
-        allowed = [k for k in self.depths if self.cost(k) / plain - 1 <= self.slack]
+        if self.trial:
+            self.trial -= 1
+            return self.trial_k
+        plain, begins = self.cost(0), self.plain_steps > 0
+        risk = self.TRIAL if begins else 1
+        allowed = [k for k in self.depths if risk * (self.cost(k) / plain - 1) <= self.slack]
         best = max((0, *allowed), key=lambda k: self.tokens(k) / self.cost(k))
-        if best == 0 and allowed and self.idle >= self.WAIT * self.doubt:  # has the text changed?
+        if best == 0 and allowed and self.plain_steps >= self.WAIT * self.doubt:  # has the text changed?
             self.doubt = min(2 * self.doubt, 16)
             best = min(allowed, key=lambda k: abs(k - 2))
+        if best and begins:
+            self.trial, self.trial_k = self.TRIAL - 1, best
         return best
 
-    def learn(self, k: int, seconds: float, tokens: float, kept: Sequence[int]) -> None:
-        """A step at k took so long, gave so many tokens a row, and rows that proposed kept so many of theirs."""
+    def learn(self, k: int, seconds: float, more: float, tokens: float, kept: Sequence[int]) -> None:
+        """A step at k gave so many tokens a row; rows that proposed kept so many of theirs.
+
+        seconds: what such a step takes; more: what this one took to catch the draft up.
+        """
         self.costs[k].append(seconds)
-        self.idle = 0 if k else self.idle + 1
-        for n in kept if k else ():
+        self.plain_steps, self.steps = (0, self.steps + 1) if k else (self.plain_steps + 1, 0)
+        for n in kept:
             for j in range(min(n + 1, k)):
                 self.reached[j] = 0.95 * self.reached[j] + 1
                 self.kept[j] = 0.95 * self.kept[j] + (j < n)
             self.doubt = 1 if n else self.doubt
-        gain = tokens - seconds / self.cost(0) if k else 0.0
-        self.slack = min(self.slack + gain + self.GROWTH * tokens, self.CAP)
+        # A hiccup of the machine is no loss of speculation's.
+        took = (min(seconds, 3 * self.cost(k)) + more) / self.cost(0) if k else tokens
+        self.slack = min(self.slack + tokens - took + self.GROWTH * tokens, self.CAP)
 
 
 # ------------------------------------------------------------------------------------------------------ the decode loop
@@ -341,9 +357,9 @@ class Speculation:
         self.graphs[key].replay()
 
     def every_depth(self) -> Iterator[int]:
-        """Go through each k that may come, which every step then uses until the next: to warm up."""
+        """Go through each k, 0 included, which every step then uses until the next: to warm up."""
         try:
-            for k in sorted({0, *self.depths} if self.pace or self.draft is None else self.depths):
+            for k in (0, *self.depths):
                 self.forced = k
                 yield k
         finally:
@@ -369,20 +385,20 @@ class Speculation:
                 s.probs[k][:, j] = probs
             pos = s.pos + (j + 1)
 
-    def launch(self, model, s: Buffers, k: int, proposals, length: int, sampler, decode: Callable, begin) -> Step:
+    def launch(self, model, s: Buffers, k: int, proposals, length: int, sampler, decode: Callable, marks) -> Step:
         """One step from where `s` stands, for contexts of `length` tokens, s.token included; nothing is waited for.
 
-        proposals: for each row the tokens looked up, or None; with a draft None. begin: the mark of its begin.
+        proposals: for each row the tokens looked up, or None; with a draft None. marks: when the step began, and when
+        the draft had caught up.
         """
         device = s.token.device
-        marks, real = [begin], [True] * len(s.token)
+        real = [True] * len(s.token)
         if k == 0:
             s.prev.copy_(s.token)
             token, pos = decode(model, s.token, s.pos, self.slots_for(model, length), sampler)
             s.token.copy_(token)
             s.pos.copy_(torch.minimum(pos, s.last))
-            marks += [begin, mark(device)]
-            return Step(0, s.token, real, marks)
+            return Step(0, s.token, real, [*marks, marks[-1], mark(device)])
 
         vocab = model.args.vocab_size if self.draft is None else min(model.args.vocab_size, self.draft.args.vocab_size)
         s.make(k, None if self.draft is None or sampler.temperature == 0 else vocab)
@@ -395,7 +411,7 @@ class Speculation:
             slots = self.slots_for(self.draft, length + k)
             self.run(("draft", *key, len(slots), self.draft.max_seq_len),
                      lambda: self.propose(s, k, slots, sampler, vocab), [s.proposed[k]])  # fmt: skip
-        marks.append(mark(device))
+        marks = [*marks, mark(device)]
         slots_v = self.slots_for(model, length + k)
 
         def verify():
@@ -408,8 +424,7 @@ class Speculation:
             s.pos.copy_(pos)
 
         self.run(("verify", *key, len(slots_v), model.max_seq_len), verify, [s.token, s.prev, s.pos, *memory])
-        marks.append(mark(device))
-        return Step(k, s.out[k], real, marks)
+        return Step(k, s.out[k], real, [*marks, mark(device)])
 
 
 def speculate(
@@ -455,7 +470,7 @@ def speculate(
             missing = max((end - len(row) for row, end, d in zip(rows, ends, done, strict=True) if not d), default=0)
             if missing <= len(queue):  # each step brings one token at least
                 break
-            k, proposals, begin = speculation.choose(), None, mark(device)
+            k, proposals, marks = speculation.choose(), None, [mark(device)]
             if k and draft is None:
                 for b, row in enumerate(rows):
                     history[b, in_history[b] : len(row)] = torch.tensor(row[in_history[b] :])
@@ -465,10 +480,13 @@ def speculate(
             elif k and behind:
                 if queue:
                     break  # the tokens of the steps before have to be known
-                speculation.fill(draft, rows, min(speculation.cached))
-                speculation.cached = [len(row) for row in rows]
+                # A draft that lacks no more than the last two tokens is fed these by its next pass anyway.
+                if any(c < len(row) - 2 for c, row, d in zip(speculation.cached, rows, done, strict=True) if not d):
+                    speculation.fill(draft, rows, min(speculation.cached))
+                    speculation.cached = [len(row) for row in rows]
             behind = k == 0
-            queue.append(speculation.launch(model, s, k, proposals, min(reach, max(ends)), sampler, decode, begin))
+            marks.append(mark(device))
+            queue.append(speculation.launch(model, s, k, proposals, min(reach, max(ends)), sampler, decode, marks))
             reach += k + 1
 
         step = queue.popleft()
@@ -490,7 +508,7 @@ def speculate(
         if seconds:  # all but the prefill's token
             stats.add(step.k, seconds, live, brought, kept)
             if speculation.pace and speculation.forced is None:
-                speculation.pace.learn(step.k, sum(seconds), brought / live, kept)
+                speculation.pace.learn(step.k, sum(seconds[1:]), seconds[0], brought / live, kept)
 
         while shown < max_new_tokens and all(
             len(row) > len(p) + shown for row, p, r in zip(rows, prompts, running, strict=True) if r
