@@ -192,15 +192,16 @@ class Pace:
     kept, exceeds it. So at least 95% of plain decoding's speed remain after some 200 tokens.
     """
 
-    START, CAP, GROWTH = 6.0, 20.0, 0.02
+    START, CAP, GROWTH = 5.0, 20.0, 0.02
     TRIAL = 3  # steps in a row when speculation begins: the draft has to catch up, which one step would not pay back
     WAIT = 16  # plain steps before the next trial, doubled each time that one is in vain
+    MARGIN = 1.05  # measured costs are that uncertain: what promises less is not begun
     REFRESH = 64  # speculative steps before the cost of a plain one is measured again
 
     def __init__(self, depths: Sequence[int] = DEPTHS):
         self.depths, self.slack = depths, self.START
         self.plain_steps = self.steps = self.trial = 0  # of a kind in a row; what is left of a trial
-        self.trial_k, self.doubt = 0, 1
+        self.trial_k, self.doubt, self.entry = 0, 1, 0.0  # entry: seconds to catch up, the last time
         self.costs = {k: deque(maxlen=9) for k in (0, *depths)}  # seconds
         # By position: rows that kept all before it, and of these the rows that kept it too; the past fades.
         self.reached, self.kept = [0.0] * max(depths), [0.0] * max(depths)
@@ -230,9 +231,9 @@ class Pace:
             self.trial -= 1
             return self.trial_k
         plain, begins = self.cost(0), self.plain_steps > 0
-        risk = self.TRIAL if begins else 1
-        allowed = [k for k in self.depths if risk * (self.cost(k) / plain - 1) <= self.slack]
-        best = max((0, *allowed), key=lambda k: self.tokens(k) / self.cost(k))
+        steps, entry = (self.TRIAL, self.entry / plain) if begins else (1, 0.0)
+        allowed = [k for k in self.depths if steps * (self.cost(k) / plain - 1) + entry <= self.slack]
+        best = max((0, *allowed), key=lambda k: self.tokens(k) / self.cost(k) * (1 if k else self.MARGIN))
         if best == 0 and allowed and self.plain_steps >= self.WAIT * self.doubt:  # has the text changed?
             self.doubt = min(2 * self.doubt, 16)
             best = min(allowed, key=lambda k: abs(k - 2))
@@ -245,6 +246,8 @@ class Pace:
 
         seconds: what such a step takes; more: what this one took to catch the draft up.
         """
+        self.entry = more or self.entry
+        expected = self.cost(k) if self.costs[0] else seconds
         self.costs[k].append(seconds)
         self.plain_steps, self.steps = (0, self.steps + 1) if k else (self.plain_steps + 1, 0)
         for n in kept:
@@ -253,7 +256,7 @@ class Pace:
                 self.kept[j] = 0.95 * self.kept[j] + (j < n)
             self.doubt = 1 if n else self.doubt
         # A hiccup of the machine is no loss of speculation's.
-        took = (min(seconds, 3 * self.cost(k)) + more) / self.cost(0) if k else tokens
+        took = (min(seconds, 3 * expected) + more) / self.cost(0) if k else tokens
         self.slack = min(self.slack + tokens - took + self.GROWTH * tokens, self.CAP)
 
 
@@ -482,7 +485,8 @@ def speculate(
                     break  # the tokens of the steps before have to be known
                 # A draft that lacks no more than the last two tokens is fed these by its next pass anyway.
                 if any(c < len(row) - 2 for c, row, d in zip(speculation.cached, rows, done, strict=True) if not d):
-                    speculation.fill(draft, rows, min(speculation.cached))
+                    known = draft.args.vocab_size - 1  # as in draft_one_token
+                    speculation.fill(draft, [[min(t, known) for t in row] for row in rows], min(speculation.cached))
                     speculation.cached = [len(row) for row in rows]
             behind = k == 0
             marks.append(mark(device))
