@@ -459,7 +459,8 @@ def report(result: dict) -> str:
     ]
     if spec and spec["tokens_per_step"]:
         by_position = " ".join(f"{100 * a:.0f}" for a in spec["acceptance_by_position"])
-        kept = f", {100 * spec['acceptance']:.0f}% accepted (by position: {by_position})" if by_position else ""
+        kept = "; {acceptance:.0%} accepted, {kept_share:.0%} used".format(**spec) if by_position else ""
+        kept += f" (by position {by_position})" if by_position else ""
         shares = "draft {draft_share_of_time:.0%}, plain steps {plain_share_of_time:.0%} of the time".format(**spec)
         what = f"tokens with {spec['proposer']}, k {spec['k']}{kept}; {shares}"
         rows.append(row("a step", f"{spec['tokens_per_step']:.2f}", what))
@@ -543,12 +544,17 @@ def load_draft(model: Transformer, directory: Path, draft_path: str | None, draf
         raise ValueError(f"{source}: the draft needs {need / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are "
                          "free; give --draft int4, a smaller draft, or --draft lookup, which needs none")
     model_of_draft = load_model(source, device, dtype, recipe)
-    if not draft_path:  # what was not quantized is the target's own: no need to hold it twice
-        mine = dict(model.named_parameters())
-        for name, parameter in model_of_draft.named_parameters():
-            if name in mine and (mine[name].shape, mine[name].dtype) == (parameter.shape, parameter.dtype):
-                parameter.data = mine[name].data
+    if not draft_path:
+        share_weights(model_of_draft, model)
     return model_of_draft
+
+
+def share_weights(draft: Transformer, model: Transformer) -> None:
+    """What was not quantized in a model's self-draft becomes the model's own: embedding and norms are held once."""
+    mine = dict(model.named_parameters())
+    for name, parameter in draft.named_parameters():
+        if name in mine and (mine[name].shape, mine[name].dtype) == (parameter.shape, parameter.dtype):
+            parameter.data = mine[name].data
 
 
 def memory_of(args: ModelArgs, recipe: dict | None, dtype: torch.dtype, context: int) -> int:

@@ -157,7 +157,8 @@ class Statistics:
 
     def __init__(self, k: int):
         self.steps = self.rows = self.tokens = 0  # rows: those still running, summed over the steps
-        self.proposed, self.kept = [0] * k, [0] * k  # by position: rows that proposed one there, and that kept it
+        # By position, rows that proposed a token there; those of them that kept all before it; and that kept it, too.
+        self.proposed, self.reached, self.kept = [0] * k, [0] * k, [0] * k
         self.seconds = {"draft": 0.0, "verify": 0.0, "plain": 0.0}
 
     def add(self, k: int, seconds: Sequence[float], rows: int, tokens: int, kept: Sequence[int]) -> None:
@@ -168,15 +169,21 @@ class Statistics:
         for n in kept:
             for j in range(k):
                 self.proposed[j] += 1
+                self.reached[j] += j <= n
                 self.kept[j] += j < n
 
     def summary(self) -> dict:
-        """The figures that a report shows; None where nothing was proposed."""
-        proposed, total = sum(self.proposed), sum(self.seconds.values())
+        """The figures that a report shows; None where nothing was proposed.
+
+        acceptance: of the proposed tokens whose turn came (all before them were kept), the share that was kept.
+        kept_share: of all that were proposed. acceptance_by_position: that share, position by position.
+        """
+        proposed, reached, total = sum(self.proposed), sum(self.reached), sum(self.seconds.values())
         return {
             "steps": self.steps,
             "tokens_per_step": self.tokens / self.rows if self.rows else None,
-            "acceptance": sum(self.kept) / proposed if proposed else None,
+            "acceptance": sum(self.kept) / reached if reached else None,
+            "kept_share": sum(self.kept) / proposed if proposed else None,
             "acceptance_by_position": [a / b for a, b in zip(self.kept, self.proposed, strict=True) if b],
             "draft_share_of_time": self.seconds["draft"] / total if total else None,
             "plain_share_of_time": self.seconds["plain"] / total if total else None,
@@ -411,23 +418,28 @@ class Speculation:
             real = [p is not None for p in proposals]
             s.proposed[k].copy_(torch.tensor([p or [0] * k for p in proposals]), non_blocking=True)
         else:
-            slots = self.slots_for(self.draft, length + k)
-            self.run(("draft", *key, len(slots), self.draft.max_seq_len),
-                     lambda: self.propose(s, k, slots, sampler, vocab), [s.proposed[k]])  # fmt: skip
+            theirs = self.slots_for(self.draft, length + k)
+            self.run(("draft", *key, *size(self.draft, theirs)),
+                     lambda: self.propose(s, k, theirs, sampler, vocab), [s.proposed[k]])  # fmt: skip
         marks = [*marks, mark(device)]
-        slots_v = self.slots_for(model, length + k)
+        slots = self.slots_for(model, length + k)
 
         def verify():
             out, prev, token, pos = self.verify_step(
-                model, s.token, s.proposed[k], s.pos, s.last, slots_v, sampler, s.probs[k]
+                model, s.token, s.proposed[k], s.pos, s.last, slots, sampler, s.probs[k]
             )
             s.out[k].copy_(out)
             s.prev.copy_(prev)
             s.token.copy_(token)
             s.pos.copy_(pos)
 
-        self.run(("verify", *key, len(slots_v), model.max_seq_len), verify, [s.token, s.prev, s.pos, *memory])
+        self.run(("verify", *key, *size(model, slots)), verify, [s.token, s.prev, s.pos, *memory])
         return Step(k, s.out[k], real, [*marks, mark(device)])
+
+
+def size(model, slots: Tensor) -> tuple[int, int, int]:
+    """What tells one captured graph of a model from another: how many slots it reads, of how large a cache."""
+    return len(slots), model.max_batch_size, model.max_seq_len
 
 
 def speculate(

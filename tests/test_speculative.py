@@ -666,4 +666,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] != ["--many"]:
         sys.exit("usage: python tests/test_speculative.py --many N")
     torch.set_num_threads(1)
-    print(check_bundled_pair(int(sys.argv[2]), new=32))
+    print(check_bundled_pair(int(sys.argv[2]), new=16))
