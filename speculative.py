@@ -237,6 +237,8 @@ class Pace:
         if self.trial:
             self.trial -= 1
             return self.trial_k
+        if self.plain_steps % 4:  # to think takes time, too
+            return 0
         plain, begins = self.cost(0), self.plain_steps > 0
         steps, entry = (self.TRIAL, self.entry / plain) if begins else (1, 0.0)
         allowed = [k for k in self.depths if steps * (self.cost(k) / plain - 1) + entry <= self.slack]
@@ -395,7 +397,19 @@ class Speculation:
                 s.probs[k][:, j] = probs
             pos = s.pos + (j + 1)
 
-    def launch(self, model, s: Buffers, k: int, proposals, length: int, sampler, decode: Callable, marks) -> Step:
+    def catch_up(self, s: Buffers, rows: Sequence[Sequence[int]], done: Sequence[bool]) -> None:
+        """After the prompt or plain steps: bring `s` to the end of `rows`, and the draft's cache if it is behind."""
+        s.prev.copy_(torch.tensor([[row[-2]] for row in rows]))
+        s.token.copy_(torch.tensor([[row[-1]] for row in rows]))
+        s.pos.copy_(torch.tensor([[len(row) - 1] for row in rows]))
+        # A draft that lacks no more than the last two tokens is fed these by its next pass anyway.
+        late = [c < len(row) - 2 for c, row, d in zip(self.cached, rows, done, strict=True) if not d]
+        if self.draft is not None and any(late):
+            known = self.draft.args.vocab_size - 1  # as in draft_one_token
+            self.fill(self.draft, [[min(t, known) for t in row] for row in rows], min(self.cached))
+            self.cached = [len(row) for row in rows]
+
+    def launch(self, model, s: Buffers, k: int, proposals, length: int, sampler, marks) -> Step:
         """One step from where `s` stands, for contexts of `length` tokens, s.token included; nothing is waited for.
 
         proposals: for each row the tokens looked up, or None; with a draft None. marks: when the step began, and when
@@ -403,13 +417,6 @@ class Speculation:
         """
         device = s.token.device
         real = [True] * len(s.token)
-        if k == 0:
-            s.prev.copy_(s.token)
-            token, pos = decode(model, s.token, s.pos, self.slots_for(model, length), sampler)
-            s.token.copy_(token)
-            s.pos.copy_(torch.minimum(pos, s.last))
-            return Step(0, s.token, real, [*marks, marks[-1], mark(device)])
-
         vocab = model.args.vocab_size if self.draft is None else min(model.args.vocab_size, self.draft.args.vocab_size)
         s.make(k, None if self.draft is None or sampler.temperature == 0 else vocab)
         memory = [] if sampler.seen is None else [sampler.seen]
@@ -466,16 +473,14 @@ def speculate(
     rows, stops = [list(p) for p in prompts], frozenset(stop_ids)
     ends = [len(p) + max_new_tokens for p in prompts]
     s = speculation.buffers.setdefault(B, Buffers(B, device))
-    s.token.copy_(token)
-    s.prev.copy_(torch.tensor([[p[-1]] for p in prompts]))
-    s.pos.copy_(torch.tensor([[len(p)] for p in prompts]))
     s.last.copy_(torch.tensor([[n - 1] for n in ends]))
     speculation.cached = [min(c, start) for c in speculation.cached] if len(speculation.cached) == B else [0] * B
     stats = speculation.statistics = Statistics(speculation.max_k)
     history = torch.zeros(B, max(ends), dtype=torch.int64)  # what lookups search; the first in_history[b] of row b
     in_history = [0] * B
 
-    behind = True  # does the draft's cache lack tokens that the prompt or a plain step brought?
+    # Where plain steps stand: (token, position), as a plain step wants and leaves them; None where `s` is ahead of it.
+    plain = token, torch.tensor([[len(p)] for p in prompts], device=device)
     ahead = int(device.type == "cuda" and draft is not None)
     queue = deque([Step(0, token, [], ())])
     reach, shown = max(map(len, prompts)) + 1, 0
@@ -492,18 +497,20 @@ def speculate(
                     in_history[b] = len(row)
                 proposals = [propose_lookup(h[:n], k) for h, n in zip(history, in_history, strict=True)]
                 k = k if any(proposals) or speculation.forced else 0
-            elif k and behind:
+            if k and plain:
                 if queue:
                     break  # the tokens of the steps before have to be known
-                # A draft that lacks no more than the last two tokens is fed these by its next pass anyway.
-                if any(c < len(row) - 2 for c, row, d in zip(speculation.cached, rows, done, strict=True) if not d):
-                    known = draft.args.vocab_size - 1  # as in draft_one_token
-                    speculation.fill(draft, [[min(t, known) for t in row] for row in rows], min(speculation.cached))
-                    speculation.cached = [len(row) for row in rows]
-            behind = k == 0
+                speculation.catch_up(s, rows, done)
+                plain = None
             marks.append(mark(device))
-            queue.append(speculation.launch(model, s, k, proposals, min(reach, max(ends)), sampler, decode, marks))
-            reach += k + 1
+            length, reach = min(reach, max(ends)), reach + k + 1
+            if k:
+                queue.append(speculation.launch(model, s, k, proposals, length, sampler, marks))
+                continue
+            token, pos = decode(model, *(plain or (s.token, s.pos)), speculation.slots_for(model, length), sampler)
+            # A row that has ended goes on beside others, and must stay in the cache.
+            plain = (token, pos) if B == 1 else (token.clone(), torch.minimum(pos, s.last))
+            queue.append(Step(0, token, [], [*marks, marks[-1], mark(device)]))
 
         step = queue.popleft()
         tokens, seconds = step.read()

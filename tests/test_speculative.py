@@ -280,6 +280,24 @@ def test_as_many_tokens_as_asked_for(tiny, n):
     assert torch.equal(columns(generate(model, prompts, n, Sampler(), speculation=how)), expected)
 
 
+def test_a_row_far_ahead_of_another_stays_in_the_cache(tiny):
+    """One row keeps every proposal, the other none: what the first goes on to do after its end harms nobody."""
+
+    class Partial(Sampler):
+        def verify(self, logits, proposed, probs):
+            out = super().verify(logits, proposed, probs)
+            out[1, 1:] = -1
+            return out
+
+    model, prompts = tiny(), [tokens(9, seed=2), tokens(5, seed=1)]
+    expected = columns(generate(model, prompts, 150))
+    how = speculation(8, tiny())
+    assert torch.equal(columns(generate(model, prompts, 150, Partial(), speculation=how)), expected)
+    assert how.statistics.steps == 149
+    limit = len(prompts[0]) + 150
+    assert int(how.buffers[2].pos.max()) < limit and model.max_seq_len == limit + 8
+
+
 def test_the_whole_context_can_be_used(tiny):
     model, draft = tiny(max_seq_len=64), tiny(max_seq_len=64)
     prompt = tokens(40)
