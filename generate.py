@@ -723,8 +723,9 @@ def main(
     write = lambda text: print(text, end="", flush=True)  # noqa: E731
 
     def run(ids: list[int], start: int = 0, steps: dict = steps, write: Callable = write) -> dict:
-        if compare and "speculation" in steps:  # first, so that the cache is left as the tokens returned say
-            with torch.random.fork_rng():  # and --seed repeats the run without --compare
+        if compare and "speculation" in steps:
+            # First, so that the cache is left as the tokens returned say; and --seed repeats the run without --compare.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 plain = run(ids, start, {name: step for name, step in steps.items() if name != "speculation"}, len)
         result = complete(
             lambda: generate(model, [ids], max_new_tokens, sampler, **steps, stop_ids=stop_ids, start=start),

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for --many; pytest has it already
 
+import benchmark  # noqa: E402
 import generate as program  # noqa: E402
 import speculative  # noqa: E402
 from checkpoint import load_model  # noqa: E402
@@ -556,6 +557,37 @@ def test_statistics(tiny):
     assert how.statistics.tokens == n - 2
     by_position = how.statistics.summary()["acceptance_by_position"]
     assert sorted(by_position, reverse=True) == by_position and 0 < by_position[0] < 1
+
+
+# --------------------------------------------------------------------------------------------------------- benchmark
+def test_simulated_acceptance_is_what_was_asked_for(tiny):
+    sampler = benchmark.CoinSampler(0.8, 0.0, None)
+    how = speculation(4, tiny(seed=1))  # agrees on nothing
+    columns(generate(tiny(), [tokens(5, seed=i) for i in range(8)], 200, sampler, speculation=how))
+    assert 0.77 < how.statistics.summary()["acceptance"] < 0.83
+
+
+def test_benchmark_tells_simulated_rows(tiny):
+    for acceptance in (0.9, None):
+        figures = benchmark.measure_speculation(tiny(), tiny(), 3, acceptance, 5, 30, 1, 0.8, 10, False, 2)
+        assert (figures["acceptance"] > 0.99) == (acceptance is None) and figures["tokens_per_step"] > 2
+        parts = figures["verify_pass_ms"] + 3 * figures["draft_pass_ms"] + figures["other_ms"]
+        assert parts == pytest.approx(figures["step_ms"], rel=0.5)
+        row = {"kind": "speculation", "model": "m", "mode": "bf16", "draft": "d", "batch": 1, "device": "D",
+               "commit": "c", "torch": "2", "date": "today", **figures}  # fmt: skip
+        for text in (benchmark.speculation_lines(row), benchmark.speculation_table([row])):
+            assert ("simulated" in text) == (acceptance is not None)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--speculate_k", "0"], ["--speculate_k", "16"], ["--simulate_acceptance", "0.5"],
+     ["--simulate_acceptance", "1.5", "--draft", "int8"], ["--draft", "int8", "--new_tokens", "1"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_benchmark_refuses(arguments):
+    with pytest.raises(ValueError, match=arguments[0]) if arguments[0] != "--draft" else pytest.raises(ValueError):
+        benchmark.main(**vars(benchmark.parser().parse_args(arguments)))
 
 
 # -------------------------------------------------------------------------------------------------- the command line
