@@ -36,16 +36,20 @@ from generate import (
     compile_decode,
     compile_prefill,
     device_name,
+    fill,
     generate,
+    graph_slots,
     peak_memory_gb,
     pick_device,
     pick_dtype,
     pick_recipe,
+    share_weights,
     warm_up,
     weight_bytes,
 )
 from kernels import read_sum
 from model import ModelArgs, Transformer
+from speculative import MAX_K, Speculation, compile_step, kept_and_next
 from tokenizer import Tokenizer
 
 # What the README's table of perplexities compares: (mode, groupsize, method).
@@ -147,18 +151,25 @@ def measure(
     top_k: int | None = 200,
     compile: bool = True,
     runs: int = 5,
+    sampler: Sampler | None = None,
+    after: Callable[[float], None] = lambda seconds: None,
+    **steps,
 ) -> dict:
-    """Generate `runs` times from random prompts -> medians: tok_s, decode_step_ms, ttft_s, ...; times in seconds."""
+    """Generate `runs` times from random prompts -> medians: tok_s, decode_step_ms, ttft_s, ...; times in seconds.
+
+    sampler: another than temperature and top_k make. after: called after each run that counts, with the seconds from
+    the first token to the last. steps: what else generate() is to be given.
+    """
     device, ranks = model.tok_embeddings.weight.device, tp.current()
-    sampler = Sampler(temperature, top_k).to(device)
+    sampler = (sampler or Sampler(temperature, top_k)).to(device)
     sampler.shard(model)
-    model.setup_caches(batch, prompt_tokens + new_tokens)
-    steps, compile_s = {}, None
+    model.setup_caches(batch, prompt_tokens + new_tokens + (MAX_K if steps else 0))
+    compile_s = None
     prompts = torch.randint(model.args.vocab_size, (batch, prompt_tokens)).tolist()
     prompts = ranks.broadcast(prompts) if ranks else prompts
     if compile:
         begin = time.perf_counter()
-        steps = {"decode": compile_decode(model), "prefill": compile_prefill(model)}
+        steps |= {"decode": compile_decode(model), "prefill": compile_prefill(model)}
         warm_up(
             model,
             lambda p, n, **kw: generate(model, p * batch, n, sampler, **steps, **kw),
@@ -168,7 +179,7 @@ def measure(
         compile_s = time.perf_counter() - begin
 
     totals, firsts = [], []
-    for _ in range(runs + 1):  # the first is a warm-up of allocators and clocks
+    for run in range(runs + 1):  # the first is a warm-up of allocators and clocks
         synchronize(device)
         if ranks:
             ranks.barrier()
@@ -178,6 +189,8 @@ def measure(
                 first = time.perf_counter() - begin
         totals.append(time.perf_counter() - begin)
         firsts.append(first)
+        if run:
+            after(totals[-1] - first)
     total, first = statistics.median(totals[1:]), statistics.median(firsts[1:])
     step_s = (total - first) / (new_tokens - 1) if new_tokens > 1 else None
     shared = {}
@@ -196,6 +209,143 @@ def measure(
         "weights_gb": weight_bytes(model) / 1e9,
         "peak_memory_gb": peak_memory_gb(device),
     }
+
+
+class CoinSampler(Sampler):
+    """Keeps each proposed token by a coin of probability `acceptance`, whatever the models say of it.
+
+    For random weights, which agree on nothing: the text means nothing, and the work is that of a real step.
+    """
+
+    def __init__(self, acceptance: float, *settings):
+        super().__init__(*settings)
+        self.acceptance = acceptance
+
+    def verify(self, logits: Tensor, proposed: Tensor, probs: Tensor | None) -> Tensor:
+        """As a Sampler's, with the coins' outcome."""
+        real = super().verify(logits, proposed, probs)
+        coins = torch.rand(proposed.shape, device=proposed.device) < self.acceptance
+        count = coins.long().cumprod(1).sum(1, keepdim=True)
+        # Of the real outcome what can be used is, so that no compiler leaves the work out.
+        following = torch.where(real >= 0, real, logits.argmax(-1)).gather(1, count)
+        return kept_and_next(proposed, count, following)
+
+
+@torch.no_grad()
+def pass_ms(model: Transformer, T: int, batch: int, context: int, compile: bool) -> float:
+    """Milliseconds of one forward of T tokens a row, after `context` ones; on CUDA a captured graph, if compiled."""
+    device = model.tok_embeddings.weight.device
+    model.setup_caches(batch, context + T)
+    tokens = torch.randint(model.args.vocab_size, (batch, T), device=device)
+    input_pos = torch.arange(context, context + T, device=device).expand(batch, T).contiguous()
+    runner, slots = Speculation(fill, graph_slots, compile=compile), graph_slots(model, context + T)
+    forward = compile_step(Transformer.forward, 3) if compile else Transformer.forward
+    many = 20 if device.type == "cuda" else 5
+
+    def work():
+        forward(model, tokens, input_pos, slots)
+
+    def repeat():
+        for _ in range(many):
+            runner.run((), work, [tokens])
+
+    repeat()
+    return 1e3 * statistics.median(seconds(repeat, device) for _ in range(10)) / many
+
+
+def measure_speculation(
+    model: Transformer, draft: Transformer, k: int, acceptance: float | None, prompt_tokens: int, new_tokens: int,
+    batch: int, temperature: float, top_k: int | None, compile: bool, runs: int,
+) -> dict:  # fmt: skip
+    """Plain and speculative decoding of one model in one process -> speeds, and where a speculative step's time goes.
+
+    verify_cost_T: a forward of T tokens over one of one token. other_ms: what a speculative step takes beyond the
+    forwards of draft and target: sampling, acceptance, bookkeeping, launches. acceptance: forced; None: as it comes.
+    """
+    settings = (prompt_tokens, new_tokens, batch, temperature, top_k, compile, runs)
+    plain = measure(model, *settings)
+    sampler = Sampler(temperature, top_k) if acceptance is None else CoinSampler(acceptance, temperature, top_k)
+    how = Speculation(fill, graph_slots, k, draft, compile)
+    how.setup_caches(batch, prompt_tokens + new_tokens + MAX_K)
+    took, stats = [], []
+    ours = measure(model, *settings, sampler=sampler, speculation=how,
+                   after=lambda seconds: (took.append(seconds), stats.append(how.statistics)))  # fmt: skip
+    steps = sum(s.steps for s in stats)
+    step_ms = 1e3 * statistics.median(seconds / s.steps for seconds, s in zip(took, stats, strict=True))
+    context = prompt_tokens + new_tokens // 2
+    target_ms = {T: pass_ms(model, T, batch, context, compile) for T in sorted({1, 5, 8, k + 1})}
+    draft_ms = {T: pass_ms(draft, T, batch, context, compile) for T in (1, 2)}
+    return {
+        "k": k,
+        "simulated_acceptance": acceptance,
+        "acceptance": sum(sum(s.kept) for s in stats) / sum(sum(s.reached) for s in stats),
+        "tokens_per_step": sum(s.tokens for s in stats) / sum(s.rows for s in stats),
+        "plain_tok_s": plain["tok_s"],
+        "tok_s": ours["tok_s"],
+        "speedup": ours["tok_s"] / plain["tok_s"],
+        "plain_step_ms": plain["decode_step_ms"],
+        "step_ms": step_ms,
+        "decode_pass_ms": target_ms[1],
+        "verify_pass_ms": target_ms[k + 1],
+        "verify_cost_5": target_ms[5] / target_ms[1],
+        "verify_cost_8": target_ms[8] / target_ms[1],
+        "draft_pass_ms": draft_ms[1],
+        "other_ms": step_ms - target_ms[k + 1] - draft_ms[2] - (k - 1) * draft_ms[1],
+        "draft_ms": 1e3 * sum(s.seconds["draft"] for s in stats) / steps,
+        "compile_s": ours["compile_s"],
+        "weights_gb": plain["weights_gb"],
+        "draft_weights_gb": weight_bytes(draft) / 1e9,
+        "peak_memory_gb": ours["peak_memory_gb"],
+    }
+
+
+def measure_bundled_pair(device: torch.device, prompts: int = 16, new_tokens: int = 100) -> Iterator[dict]:
+    """The bundled models completing their held-out Python, greedy, compiled, by each way to propose; a row each.
+
+    Prompts are 200 tokens. Each is decoded with and without speculation in turn, so that what else the machine does
+    falls on both. Speeds count from the first new token to the last.
+    """
+    tokenizer, sampler = Tokenizer(DEMO), Sampler()
+    text = (DEMO / "heldout.txt").read_text()
+    starts = [text.index("\n", i * len(text) // prompts) + 1 for i in range(prompts)]
+    ids = [tokenizer.encode(text[i : i + 2000])[:200] for i in starts]
+    model = load_model(DEMO, device, torch.bfloat16)
+    model.setup_caches(1, 300 + MAX_K)
+    plain = {"decode": compile_decode(model)}
+
+    def decode_seconds(prompt, **steps) -> float:
+        for i, _ in enumerate(generate(model, [prompt], new_tokens, sampler, **steps)):
+            if i == 0:
+                begin = time.perf_counter()
+        synchronize(device)
+        return time.perf_counter() - begin
+
+    for name, source in (("lookup", None), ("demo/draft", DEMO / "draft"), ("itself in int8", DEMO)):
+        recipe = pick_recipe("int8" if source == DEMO else None, None)
+        draft = source and load_model(source, device, torch.bfloat16, recipe)
+        for k in (4, "auto"):
+            how = Speculation(fill, graph_slots, k, draft, compile=True)
+            how.setup_caches(1, 300 + MAX_K)
+            begin, steps = time.perf_counter(), {**plain, "speculation": how}
+            for _ in how.every_depth():
+                warm_up(model, lambda p, n, steps=steps, **kw: generate(model, p, n, sampler, **steps, **kw), 300)
+            compile_s, took, stats = time.perf_counter() - begin, [], []
+            for prompt in ids:
+                took.append((decode_seconds(prompt, **plain), decode_seconds(prompt, **steps)))
+                stats.append(how.statistics)
+            before, ours = map(sum, zip(*took, strict=True))
+            reached, decoded = sum(sum(s.reached) for s in stats), prompts * (new_tokens - 1)
+            yield {
+                "kind": "speculation", "model": "demo", "mode": "bf16", "draft": name, "k": k,
+                "simulated_acceptance": None, "batch": 1, "prompt_tokens": 200, "new_tokens": new_tokens,
+                "acceptance": sum(sum(s.kept) for s in stats) / max(reached, 1),
+                "kept_share": sum(sum(s.kept) for s in stats) / max(sum(sum(s.proposed) for s in stats), 1),
+                "tokens_per_step": decoded / sum(s.steps for s in stats),
+                "plain_tok_s": decoded / before, "tok_s": decoded / ours, "speedup": before / ours,
+                "median_speedup": statistics.median(a / b for a, b in took), "compile_s": compile_s,
+                "draft_share_of_time": sum(s.seconds["draft"] for s in stats) / ours,
+                **circumstances(device),
+            }  # fmt: skip
 
 
 def record(row: dict) -> None:
@@ -329,7 +479,43 @@ def scaling_table(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-TABLES = {"decode": decode_table, "scaling": scaling_table, "perplexity": perplexity_table}
+def speculation_lines(row: dict) -> str:
+    """A row of measure_speculation for people."""
+    forced = " (simulated)" if row["simulated_acceptance"] is not None else ""
+    lines = (
+        "{model} {mode} with {draft}, k {k}: {acceptance:.0%} accepted{forced}, {tokens_per_step:.2f} tokens a step",
+        "  {tok_s:.1f} tok/s against {plain_tok_s:.1f} without: {speedup:.2f} times{forced}",
+        "  a step {step_ms:.3f} ms: verify {verify_pass_ms:.3f}, {k} x draft {draft_pass_ms:.3f}, other {other_ms:.3f}",
+        "  plain step {plain_step_ms:.3f} ms, of which {decode_pass_ms:.3f} are the forward",
+        "  a forward of 5 tokens costs {verify_cost_5:.2f} times one of 1, of 8 {verify_cost_8:.2f} times",
+    )
+    return "\n".join(lines).format(forced=forced, **row)
+
+
+def speculation_table(rows: list[dict]) -> str:
+    """The latest row of each pair of target and draft, k and acceptance; one that was forced is called so."""
+    rows = [r for r in rows if r.get("kind") == "speculation"]
+    same = ("device", "model", "mode", "draft", "k", "simulated_acceptance", "batch")
+    latest = {tuple(r[key] for key in same): r for r in rows}
+    header = ("model | mode | draft | k | acceptance | tokens a step | plain tok/s | tok/s | speed-up | verify 5 | "
+              "verify 8 | other ms | device | commit | torch | date")  # fmt: skip
+    lines = []
+    for r in latest.values():
+        forced = r["simulated_acceptance"] is not None
+        share = f"{r['simulated_acceptance']:.0%}, simulated" if forced else f"{r['acceptance']:.0%}"
+        lines.append(cells(r["model"], r["mode"], r["draft"], r["k"], share, (r["tokens_per_step"], ".2f"),
+                           (r["plain_tok_s"], ",.1f"), (r["tok_s"], ",.1f"), (r["speedup"], ".2f"),
+                           *((r.get(key), ".2f") for key in ("verify_cost_5", "verify_cost_8", "other_ms")),
+                           r["device"], r["commit"], r["torch"], r["date"]))  # fmt: skip
+    return table(header, lines) if lines else ""
+
+
+TABLES = {
+    "decode": decode_table,
+    "scaling": scaling_table,
+    "perplexity": perplexity_table,
+    "speculation": speculation_table,
+}
 
 
 def fill_tables(text: str, rows: list[dict]) -> str:
@@ -349,6 +535,10 @@ def main(
     checkpoint_path: str | None,
     quant: list[str],
     groupsize: int | None,
+    draft_shape: str | None,
+    draft: str | None,
+    speculate_k: int,
+    simulate_acceptance: float | None,
     device: str | None,
     dtype: str,
     batch: int,
@@ -359,6 +549,7 @@ def main(
     no_compile: bool,
     runs: int,
     perplexity: bool,
+    speculation: bool,
     record_row: bool,
     readme: bool,
     json_line: bool,
@@ -368,6 +559,17 @@ def main(
         README.write_text(fill_tables(README.read_text(), read_rows()))
         return
     ranks = tp.init_dist(all_reduce)
+    if not 1 <= speculate_k <= MAX_K:
+        raise ValueError(f"--speculate_k {speculate_k}: it must be from 1 to {MAX_K}")
+    if simulate_acceptance is not None:
+        if not 0 <= simulate_acceptance <= 1:
+            raise ValueError(f"--simulate_acceptance {simulate_acceptance}: it is a probability, from 0 to 1")
+        if not (draft or draft_shape):
+            raise ValueError("--simulate_acceptance: nothing proposes; give --draft_shape NAME or --draft int8|int4")
+    if (draft or draft_shape) and new_tokens < 2:
+        raise ValueError(f"--new_tokens {new_tokens}: speculation needs at least 2")
+    if ranks and (draft or draft_shape or speculation):
+        raise ValueError("speculation is measured with one process; run it without torchrun")
     device, dtype_name, dtype = pick_device(device), dtype, pick_dtype(dtype)
     device = ranks.device(device) if ranks else device
     record_row = record_row and not (ranks and ranks.rank)
@@ -380,6 +582,13 @@ def main(
             if record_row:
                 record(row)
         return
+    if speculation:
+        for row in measure_bundled_pair(device):
+            print("{draft:<16} k {k!s:<5}{acceptance:>5.0%} accepted{tokens_per_step:>6.2f} tokens a step{tok_s:>9.1f} "
+                  "tok/s against{plain_tok_s:>8.1f}{speedup:>6.2f} times".format(**row), flush=True)  # fmt: skip
+            if record_row:
+                record(row)
+        return
     peak = read_bandwidth(device)
     print(f"{device_name(device)}: reads {peak:,.0f} GB/s (measured), torch {torch.__version__}")
     print(f"{'model':<16}{'mode':>9}{'batch':>6}{'GB':>8}{'tok/s':>9}{'step ms':>9}{'of peak':>9}{'first ms':>10}"
@@ -388,17 +597,40 @@ def main(
     rows = []
     for name, mode in itertools.product([checkpoint_path] if checkpoint_path else shape, quant):
         recipe = pick_recipe(None if mode == "none" else mode, groupsize if mode == "int4" else None)
-        begin = time.perf_counter()
-        if checkpoint_path:
-            model = load_model(checkpoint_path, device, dtype, recipe)
-        else:
-            if ranks:
-                torch.manual_seed(0)  # they cut the same weights
-            model = build_model(SHAPES[name], random_weights(SHAPES[name], device, dtype), device, dtype, recipe, ranks)
+
+        def build(name, recipe):
+            if name == checkpoint_path:
+                return load_model(name, device, dtype, recipe)
+            torch.manual_seed(0)  # ranks cut the same weights; a draft of the same shape has them, too
+            weights = random_weights(SHAPES[name], device, dtype)
+            model = build_model(SHAPES[name], weights, device, dtype, recipe, ranks)
             torch.seed()
+            return model
+
+        begin = time.perf_counter()
+        model = build(name, recipe)
         synchronize(device)
         load_s = time.perf_counter() - begin
         kind = f"int4 g{recipe['groupsize']}" if mode == "int4" else dtype_name if recipe is None else mode
+        if draft or draft_shape:
+            proposer = build(draft_shape or name, pick_recipe(draft, None))
+            if not draft_shape:
+                share_weights(proposer, model)
+            row = {"kind": "speculation", "model": name, "mode": kind,
+                   "draft": f"{draft_shape or 'itself in'} {draft or dtype_name}", "batch": batch,
+                   "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
+                   **measure_speculation(model, proposer, speculate_k, simulate_acceptance, prompt_tokens, new_tokens,
+                                         batch, temperature, top_k, not no_compile, runs),
+                   **circumstances(device)}  # fmt: skip
+            rows.append(row)
+            print(speculation_lines(row), flush=True)
+            if record_row:
+                record(row)
+            del model, proposer
+            torch._dynamo.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
         row = {"model": name, "mode": kind, "batch": batch, "prompt_tokens": prompt_tokens,
                "new_tokens": new_tokens, "load_s": load_s,
                **measure(model, prompt_tokens, new_tokens, batch, temperature, top_k, not no_compile, runs),
@@ -438,6 +670,12 @@ def parser() -> argparse.ArgumentParser:
     a("--quant", nargs="+", choices=["none", "int8", "int4", "fp8"], default=["none"], metavar="MODE",
       help="none, int8, int4, fp8: each is measured")
     a("--groupsize", type=int, metavar="G", help="columns that share an int4 scale: 32, 64 or 128; default: 64")
+    a("--draft_shape", choices=list(SHAPES), metavar="NAME", help="speculate: the shape of the draft")
+    a("--draft", choices=["int8", "int4"], metavar="MODE",
+      help="speculate: quantize the --draft_shape, or without one the model itself, as the draft")
+    a("--speculate_k", type=int, default=4, metavar="K", help="tokens proposed a step")
+    a("--simulate_acceptance", type=float, metavar="A",
+      help="keep each proposed token with this probability, whatever the models say: random weights agree on nothing")
     a("--device", metavar="D", help="cuda, cuda:N, mps or cpu; default: the best there is")
     a("--dtype", default="bf16", metavar="D", help="bf16, fp16 or fp32")
     a("--batch", type=int, default=1, metavar="B", help="rows decoded together")
@@ -448,6 +686,7 @@ def parser() -> argparse.ArgumentParser:
     a("--no_compile", action="store_true", help="measure the eager model")
     a("--runs", type=int, default=5, metavar="N", help="timed runs, of which the median counts")
     a("--perplexity", action="store_true", help="instead: perplexity of --checkpoint_path or demo/ by each recipe")
+    a("--speculation", action="store_true", help="instead: the bundled models on held-out code, by each way to propose")
     a("--record", action="store_true", dest="record_row", help=f"append the rows to {RESULTS.name}")
     a("--readme", action="store_true", help=f"measure nothing: make the tables of {README.name} from {RESULTS.name}")
     a("--all_reduce", default="auto", metavar="A", help="under torchrun, on GPUs: nccl, or auto to take what is faster")

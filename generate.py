@@ -13,6 +13,7 @@ sampling without a host round trip is an exponential race (https://en.wikipedia.
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import resource
@@ -30,8 +31,9 @@ from torch import Tensor, nn
 
 import tp
 from checkpoint import load_model, read_config, read_json, resolve
-from model import Transformer
-from quantize import QuantLinear, make_recipe
+from model import ModelArgs, Transformer
+from quantize import QuantLinear, make_recipe, swap_linears
+from speculative import MAX_K, Speculation, accept, accept_greedy, speculate
 from tokenizer import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -41,6 +43,30 @@ CHAT_CONTEXT = 8192  # tokens of cache that a chat allocates unless --max_seq_le
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
+def filtered(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None):
+    """Logits [B, V] -> (weights float32 [B, n], ids [B, n] or None for all n = V in their order).
+
+    The weights are probabilities but for a common factor. Filters apply in Hugging Face's order: temperature, top-k,
+    top-p (the smallest set of tokens whose probability reaches top_p), min-p (at least min_p times the likeliest's).
+    """
+    logits, ids = logits.float() / temperature, None
+    if top_k or top_p:
+        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # sorted, the likeliest first
+    probs = logits.softmax(-1)
+    if top_p:
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+    if min_p:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+    return probs, ids
+
+
+def probabilities(logits: Tensor, temperature: float, top_k=None, top_p=None, min_p=None) -> Tensor:
+    """Logits [B, V] -> the distribution that `sample` draws from: float32 [B, V]. temperature above 0."""
+    weights, ids = filtered(logits, temperature, top_k, top_p, min_p)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights if ids is None else torch.zeros(logits.shape, device=logits.device).scatter(-1, ids, weights)
+
+
 def sample(
     logits: Tensor,
     temperature: float = 0.0,
@@ -51,24 +77,22 @@ def sample(
 ) -> Tensor:
     """Logits [B, V] -> token ids int64 [B, 1]; probabilities in float32, no host synchronisation.
 
-    temperature 0 is argmax. The filters apply in Hugging Face's order: temperature, top-k, top-p (the smallest set
-    of tokens whose probability reaches top_p), min-p (at least min_p times the likeliest token's probability).
-    noise: exponential, float32 [B, V], where it must not be drawn here.
+    temperature 0 is argmax; the filters are those of `filtered`. noise: exponential, float32 [B, V], where it must not
+    be drawn here.
     """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits, ids = logits.float() / temperature, None
-    if top_k or top_p:
-        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # sorted, the likeliest first
-    probs = logits.softmax(-1)
-    if top_p:
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
-    if min_p:
-        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
-    # The first of V exponential clocks with rates p rings at i with probability p_i. Noise of 0 would ring any token.
-    noise = torch.empty_like(probs).exponential_().clamp_min(1e-20) if noise is None else noise[:, : probs.shape[-1]]
-    choice = (probs / noise).argmax(-1, keepdim=True)
+    weights, ids = filtered(logits, temperature, top_k, top_p, min_p)
+    choice = race(weights, noise)
     return choice if ids is None else ids.gather(-1, choice)
+
+
+def race(weights: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Draw an index of each row with probability proportional to its weight: [B, n] -> int64 [B, 1]."""
+    # The first of V exponential clocks with rates p rings at i with probability p_i. Noise of 0 would ring any token.
+    noise = torch.empty_like(weights).exponential_() if noise is None else noise[:, : weights.shape[-1]]
+    noise = noise.clamp_min(1e-20)
+    return (weights / noise).argmax(-1, keepdim=True)
 
 
 class Sampler(nn.Module):
@@ -107,13 +131,16 @@ class Sampler(nn.Module):
         for row, prompt in zip(self.seen, prompts, strict=True):
             row[torch.tensor(prompt, device=device)] = True
 
+    def penalized(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """Logits with the repetition penalty where `seen` (bool, of the same shape) is true; float32."""
+        logits = logits.float()
+        return torch.where(seen, torch.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
+
     def forward(self, logits: Tensor) -> Tensor:
         """Logits [B, V] -> token ids [B, 1]."""
         if self.penalty != 1:
-            logits = logits.float()
-            penalized = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
             seen = self.seen[:, self.part.start :][:, : self.part.width] if self.part else self.seen
-            logits = torch.where(seen, penalized, logits)
+            logits = self.penalized(logits, seen)
         rule = (self.temperature, self.top_k, self.top_p, self.min_p)
         if self.part is None:
             token = sample(logits, *rule)
@@ -125,6 +152,38 @@ class Sampler(nn.Module):
         if self.penalty != 1:
             self.seen.scatter_(1, token, True)
         return token
+
+    def draw(self, logits: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A draft's logits [B, V'] -> (token ids [B, 1], the distribution they come from; None if greedy).
+
+        seen: a copy of this sampler's memory, to which the tokens are added; None without a penalty.
+        """
+        if seen is not None:
+            logits = self.penalized(logits, seen[:, : logits.shape[-1]])
+        if self.temperature == 0:
+            token, probs = logits.argmax(-1, keepdim=True), None
+        else:
+            probs = probabilities(logits, self.temperature, self.top_k, self.top_p, self.min_p)
+            token = race(probs)
+        if seen is not None:
+            seen.scatter_(1, token, True)
+        return token, probs
+
+    def verify(self, logits: Tensor, proposed: Tensor, probs: Tensor | None) -> Tensor:
+        """The target's logits [B, k + 1, V] at proposed [B, k], drawn from probs -> tokens [B, k + 1] as `accept`."""
+        if self.penalty != 1:  # each position has seen the proposals before it, too
+            seen = [self.seen]
+            for token in proposed.split(1, 1):
+                seen.append(seen[-1].scatter(1, token, True))
+            logits = self.penalized(logits, torch.stack(seen, 1))
+        if self.temperature == 0:
+            tokens = accept_greedy(logits.argmax(-1), proposed)
+        else:
+            target = probabilities(logits.flatten(0, 1), self.temperature, self.top_k, self.top_p, self.min_p)
+            tokens = accept(target.view(logits.shape), probs, proposed)
+        if self.penalty != 1:
+            self.seen.scatter_(1, torch.where(tokens < 0, tokens[:, :1], tokens), True)
+        return tokens
 
 
 # ------------------------------------------------------------------------------------------------- the decode loop
@@ -250,6 +309,11 @@ def reads_own_length(model: Transformer) -> bool:
     return getattr(model.layers[0].attention, "reads_own_length", False)
 
 
+def graph_slots(model: Transformer, length: int) -> Tensor:
+    """`slots_for`, but one size for all where attention does not look at it: fewer graphs."""
+    return model.slots if reads_own_length(model) else slots_for(model, length)
+
+
 def slots_for(model: Transformer, length: int) -> Tensor:
     """The cache slots to attend to for a context of `length` tokens: rounded up, by at most a quarter beyond 1,024.
 
@@ -269,6 +333,7 @@ def generate(
     decode: Callable = decode_one_token,
     stop_ids: Sequence[int] = (),
     start: int = 0,
+    speculation: Speculation | None = None,
 ) -> Iterator[Tensor]:
     """Yield the new tokens column by column: int64 [B] on the CPU, -1 in rows that have met a stop id.
 
@@ -276,31 +341,35 @@ def generate(
     the last row or after max_new_tokens. start: so many leading tokens of the prompts are in the cache already.
     On CUDA the device runs one step ahead of what is yielded, so that reading a token never makes it wait.
     Of a model sharded over ranks, all of them iterate, and rank 0's decision to go on or to stop holds for all.
+    speculation: how to find several tokens a step; `sample` is then a Sampler. The tokens' distribution is the same.
     Raises ValueError for an empty prompt, max_new_tokens below 1, or a context that the model was not made for.
     """
     device = model.tok_embeddings.weight.device
     longest = max(map(len, prompts))
     check_lengths(min(map(len, prompts)), longest, max_new_tokens, model.args.max_seq_len)
     slots = model.slots
-    model.setup_caches(len(prompts), longest + max_new_tokens)  # nothing to do when they are large enough
+    room = longest + max_new_tokens + (speculation.max_k if speculation else 0)  # proposals may go beyond the end
+    model.setup_caches(len(prompts), room)  # nothing to do when they are large enough
     start = start if model.slots is slots else 0  # caches made anew hold nothing
     if isinstance(sample, Sampler):
         sample.reset(prompts, model.args.vocab_size, device)
 
-    # Shorter rows repeat their last token at its own position: that rewrites the same keys and values, needs no mask,
-    # and leaves every row's last logits in the last column.
-    tokens = torch.tensor([[*p, *[p[-1]] * (longest - len(p))] for p in prompts])[:, start:]
-    lengths = torch.tensor([[len(p)] for p in prompts])
-    input_pos = torch.minimum(torch.arange(start, longest), lengths - 1)
-    size = PREFILL_CHUNK[device.type]
-    for chunk, pos in zip(tokens.split(size, 1), input_pos.split(size, 1), strict=True):
-        # What comes first has nothing to look back at; but not where rows are filled up with repeated tokens.
-        first = int(pos[0, 0]) == 0 and bool((lengths == longest).all())
-        slots = model.slots[:0] if first else slots_for(model, int(pos.max()) + 1)
-        logits = prefill(model, chunk.to(device), pos.to(device), slots)
-    token, pos = sample(logits), lengths.to(device)
-
+    token = sample(fill(model, prompts, start, prefill))
+    pos = torch.tensor([[len(p)] for p in prompts]).to(device)
     ranks = tp.current() if isinstance(model.logits, tp.ShardedLogits) else None
+    if speculation is not None:
+        speculation.setup_caches(len(prompts), room)
+        for column in speculate(speculation, model, prompts, token, max_new_tokens, sample, decode, stop_ids, start):
+            going = False
+            try:
+                yield column
+                going = True
+            finally:
+                going = going if ranks is None else ranks.agree(going)
+            if not going:
+                return
+        return
+
     if ranks and isinstance(sample, Sampler) and sample.temperature and sample.part is None:
         raise ValueError("of a sharded model each rank would draw its own tokens: call sampler.shard(model) before")
     running = torch.ones(len(prompts), dtype=torch.bool)
@@ -326,6 +395,23 @@ def generate(
             return
         if device.type != "cuda":
             token, pos = decode(model, token, pos, slots_for(model, longest + i + 1), sample)
+
+
+def fill(model: Transformer, prompts: Sequence[Sequence[int]], start: int = 0, prefill: Callable = prefill) -> Tensor:
+    """Run the prompts' tokens from position `start` on into the cache -> logits [B, V] after each prompt's last."""
+    device, longest = model.tok_embeddings.weight.device, max(map(len, prompts))
+    # Shorter rows repeat their last token at its own position: that rewrites the same keys and values, needs no mask,
+    # and leaves every row's last logits in the last column.
+    tokens = torch.tensor([[*p, *[p[-1]] * (longest - len(p))] for p in prompts])[:, start:]
+    lengths = torch.tensor([[len(p)] for p in prompts])
+    input_pos = torch.minimum(torch.arange(start, longest), lengths - 1)
+    size = PREFILL_CHUNK[device.type]
+    for chunk, pos in zip(tokens.split(size, 1), input_pos.split(size, 1), strict=True):
+        # What comes first has nothing to look back at; but not where rows are filled up with repeated tokens.
+        first = int(pos[0, 0]) == 0 and bool((lengths == longest).all())
+        slots = model.slots[:0] if first else slots_for(model, int(pos.max()) + 1)
+        logits = prefill(model, chunk.to(device), pos.to(device), slots)
+    return logits
 
 
 def check_lengths(shortest: int, longest: int, max_new_tokens: int, limit: int) -> None:
@@ -444,7 +530,7 @@ def report(result: dict) -> str:
     def number(key, digits=1):
         return None if result[key] is None else f"{result[key]:,.{digits}f}"
 
-    peak = result["percent_of_peak_bandwidth"]
+    peak, spec = result["percent_of_peak_bandwidth"], result.get("speculation")
     share = f", {peak:.0f}% of the measured peak" if peak else ""
     new, prompt = len(result["tokens"]), result["prompt_tokens"]
     rows = [
@@ -456,6 +542,16 @@ def report(result: dict) -> str:
         row("bandwidth", number("bandwidth_gbs"), "GB/s of weights", share),
         row("peak memory", number("peak_memory_gb", 2), "GB"),
     ]
+    if spec and spec["tokens_per_step"]:
+        by_position = " ".join(f"{100 * a:.0f}" for a in spec["acceptance_by_position"])
+        kept = "; {acceptance:.0%} accepted, {kept_share:.0%} used".format(**spec) if by_position else ""
+        kept += f" (by position {by_position})" if by_position else ""
+        shares = "draft {draft_share_of_time:.0%}, plain steps {plain_share_of_time:.0%} of the time".format(**spec)
+        what = f"tokens with {spec['proposer']}, k {spec['k']}{kept}; {shares}"
+        rows.append(row("a step", f"{spec['tokens_per_step']:.2f}", what))
+    if spec and spec["speedup"]:
+        plain = f"times plain decoding ({spec['plain_tok_s']:,.1f} tok/s)"
+        rows.append(row("speed-up", f"{spec['speedup']:.2f}", plain))
     return "\n".join(r for r in rows if r)
 
 
@@ -488,6 +584,84 @@ def pick_recipe(quant: str | None, groupsize: int | None) -> dict | None:
             raise ValueError(f"--groupsize {groupsize}: it belongs to --quant int4")
         return None
     return make_recipe(quant, groupsize)
+
+
+def pick_k(speculate_k: str | None, draft: str | None, draft_path: str | None, compare: bool) -> int | str | None:
+    """How many tokens to propose, a number or "auto"; None without a proposer."""
+    if draft == "lookup" and draft_path:
+        raise ValueError(f"--draft lookup looks in the text itself; leave out --draft_checkpoint_path {draft_path}")
+    if not (draft or draft_path):
+        if speculate_k is not None or compare:
+            flag = "--compare" if speculate_k is None else f"--speculate_k {speculate_k}"
+            raise ValueError(f"{flag}: nothing proposes; give --draft lookup|int8|int4 or --draft_checkpoint_path DIR")
+        return None
+    speculate_k = "4" if speculate_k is None else speculate_k
+    if speculate_k != "auto" and not (speculate_k.isdecimal() and 1 <= int(speculate_k) <= MAX_K):
+        raise ValueError(f"--speculate_k {speculate_k}: it must be auto, or a number from 1 to {MAX_K}")
+    return speculate_k if speculate_k == "auto" else int(speculate_k)
+
+
+def load_draft(model: Transformer, directory: Path, draft_path: str | None, draft: str | None, quant: str | None,
+               dtype: torch.dtype | None, context: int) -> Transformer | None:  # fmt: skip
+    """The model that proposes: of another checkpoint, or the target's own weights quantized; None for a lookup.
+
+    draft: "int8" or "int4" quantizes it, "lookup" is none. context: tokens that both caches have to hold. ValueError
+    where it has another tokenizer, too short a context, or no room in memory.
+    """
+    if draft == "lookup":
+        return None
+    device = model.tok_embeddings.weight.device
+    source = resolve(draft_path) if draft_path else directory
+    args, config = read_config(source)
+    stored = config.get("quantization")
+    if draft_path is None and draft == (stored["mode"] if stored else quant):
+        raise ValueError(f"--draft {draft}: the model itself is {draft} already; give --draft lookup or another model")
+    if draft_path:
+        if difference := Tokenizer(source).difference(Tokenizer(directory)):
+            raise ValueError(f"{source}: another tokenizer than {directory} has, so it cannot propose: {difference}")
+        if args.max_seq_len < context:
+            raise ValueError(f"{source}: the draft has a context of {args.max_seq_len} tokens, {context} are needed; "
+                             "give fewer --max_new_tokens, a shorter prompt or (in a chat) a smaller --max_seq_len")
+    recipe = make_recipe(draft) if draft else None
+    need = memory_of(args, recipe or stored, dtype or model.tok_embeddings.weight.dtype, context)
+    free = free_memory(device)
+    if free is not None and need > free:
+        raise ValueError(f"{source}: the draft needs {need / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are "
+                         "free; give --draft int4, a smaller draft, or --draft lookup, which needs none")
+    model_of_draft = load_model(source, device, dtype, recipe)
+    if not draft_path:
+        share_weights(model_of_draft, model)
+    return model_of_draft
+
+
+def share_weights(draft: Transformer, model: Transformer) -> None:
+    """What was not quantized in a model's self-draft becomes the model's own: embedding and norms are held once."""
+    mine = dict(model.named_parameters())
+    for name, parameter in draft.named_parameters():
+        if name in mine and (mine[name].shape, mine[name].dtype) == (parameter.shape, parameter.dtype):
+            parameter.data = mine[name].data
+
+
+def memory_of(args: ModelArgs, recipe: dict | None, dtype: torch.dtype, context: int) -> int:
+    """Bytes of a model's weights, quantized by a recipe or not, and of its KV cache for so many tokens."""
+    with torch.device("meta"):
+        model = Transformer(args)
+    if recipe:
+        swap_linears(model, copy.deepcopy(recipe))
+    weights = sum(p.numel() * dtype.itemsize for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    return weights + 2 * args.n_layers * args.n_kv_heads * args.head_dim * context * dtype.itemsize
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated; None where that is not known."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
 
 
 def own_sampling(directory: Path) -> dict:
@@ -589,6 +763,10 @@ def main(
     compile: bool,
     quant: str | None,
     groupsize: int | None,
+    draft_checkpoint_path: str | None,
+    draft: str | None,
+    speculate_k: str | None,
+    compare: bool,
     device: str | None,
     dtype: str | None,
     max_seq_len: int | None,
@@ -604,6 +782,12 @@ def main(
     if num_samples < 1:
         raise ValueError(f"--num_samples {num_samples}: it must be at least 1")
     recipe = pick_recipe(quant, groupsize)
+    k = pick_k(speculate_k, draft, draft_checkpoint_path, compare)
+    if ranks and k is not None:  # every rank draws the same numbers, so that they accept the same tokens
+        if k == "auto":
+            raise ValueError("--speculate_k auto: it measures time, which ranks do not share; give a number instead")
+        seed = ranks.broadcast(torch.seed() >> 1 if seed is None else seed)
+        torch.manual_seed(seed)
     directory = resolve(checkpoint_path)
     own = own_sampling(directory) if temperature is None else {}
     sampler = Sampler(
@@ -623,33 +807,52 @@ def main(
 
     begin = time.perf_counter()
     model = load_model(directory, device, dtype, recipe)
-    sampler.shard(model)
-    model.setup_caches(1, context)
+    steps = {}
+    if k is None:
+        sampler.shard(model)
+    else:
+        proposer = load_draft(model, directory, draft_checkpoint_path, draft, quant, dtype, context)
+        steps["speculation"] = Speculation(fill, graph_slots, k, proposer, compile)
+        steps["speculation"].setup_caches(1, context + steps["speculation"].max_k)
+    model.setup_caches(1, context + (steps["speculation"].max_k if steps else 0))
     load_s, compile_s = time.perf_counter() - begin, None
 
-    steps = {}
     if device.type == "cuda" and not compile and any(isinstance(m, QuantLinear) for m in model.modules()):
         print("quantized but not compiled: on a GPU --compile makes decoding several times faster", file=sys.stderr)
     if compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE_DIR / "inductor"))
         begin = time.perf_counter()
-        steps = {"decode": compile_decode(model), "prefill": compile_prefill(model)}
-        warm_up(model, lambda p, n, **kw: generate(model, p, n, sampler, **steps, **kw), context, map(len, prompts))
+        steps |= {"decode": compile_decode(model), "prefill": compile_prefill(model)}
+        for _ in steps["speculation"].every_depth() if steps.get("speculation") else [None]:
+            warm_up(
+                model, lambda p, n, **kw: generate(model, p, n, sampler, **steps, **kw), context, map(len, prompts)
+            )
         compile_s = time.perf_counter() - begin
     if seed is not None:  # after the warm-up, which draws numbers too; each rank draws for its own part of the tokens
-        torch.manual_seed(seed + (ranks.rank << 32) if ranks else seed)
+        torch.manual_seed(seed + (ranks.rank << 32) if ranks and k is None else seed)
 
     stop_ids = () if ignore_eos else tokenizer.stop_ids
     write = lambda text: print(text, end="", flush=True)  # noqa: E731
 
-    def run(ids: list[int], start: int = 0) -> dict:
+    def run(ids: list[int], start: int = 0, steps: dict = steps, write: Callable = write) -> dict:
+        if compare and "speculation" in steps:
+            # First, so that the cache is left as the tokens returned say; and --seed repeats the run without --compare.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                plain = run(ids, start, {name: step for name, step in steps.items() if name != "speculation"}, len)
         generation = lambda: generate(  # noqa: E731
             model, [ids], max_new_tokens, sampler, **steps, stop_ids=stop_ids, start=start
         )
         if ranks and ranks.rank:  # rank 0 decides where it ends
-            return {"tokens": len(list(generation()))}
+            return {"tokens": len(list(generation())), "decode_tok_s": None}
         result = complete(generation, tokenizer, ids, stop_ids, stop, write)
         speed = result["decode_tok_s"]
+        if "speculation" in steps:
+            name = " ".join(filter(None, [draft_checkpoint_path, draft]))
+            before = plain["decode_tok_s"] if compare else None
+            result["speculation"] = {"proposer": name, "k": k, **steps["speculation"].statistics.summary(),
+                                     "plain_tok_s": before,
+                                     "speedup": speed / before if speed and before else None}  # fmt: skip
+            speed = None  # a step reads the weights once for several tokens
         bandwidth, peak = speed and speed * weight_bytes(model) / 1e9, peak_bandwidth(device)
         return result | {
             "load_s": load_s,
@@ -705,6 +908,13 @@ def parser() -> argparse.ArgumentParser:
     a("--compile", action="store_true", help="torch.compile the step: slower start, faster decode")
     a("--quant", metavar="MODE", help="quantize the weights while loading: int8, int4 or fp8")
     a("--groupsize", type=int, metavar="G", help="columns that share an int4 scale: 32, 64 or 128; default: 64")
+    a("--draft_checkpoint_path", metavar="DIR_OR_HUB_ID", help="speculate: this smaller model proposes tokens")
+    a("--draft", choices=["lookup", "int8", "int4"], metavar="HOW",
+      help="speculate: look up what followed the same words before (lookup), or propose with the model itself, or the "
+      "--draft_checkpoint_path, quantized (int8, int4)")  # fmt: skip
+    a("--speculate_k", metavar="K",
+      help=f"tokens proposed a step, 1 to {MAX_K}; auto: as many as pay, perhaps none; default: 4")  # fmt: skip
+    a("--compare", action="store_true", help="speculate: decode without, too, and report the speed-up")
     a("--device", metavar="D", help="cuda, cuda:N, mps or cpu; default: the best there is")
     a("--dtype", metavar="D", help="bf16, fp16 or fp32; default: as the checkpoint has it")
     a("--max_seq_len", type=int, metavar="S",

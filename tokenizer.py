@@ -131,6 +131,22 @@ class Tokenizer:
             self._cache[token_id] = self._token_bytes(token_id)
         return self._cache[token_id]
 
+    def difference(self, other: "Tokenizer") -> str | None:
+        """What the two disagree about, in a few words, of the ids that both have; None where they mean the same text.
+
+        One may have more ids than the other, and special tokens of its own.
+        """
+        for i in range(min(self.vocab_size, other.vocab_size)):
+            mine, theirs = self._bytes(i), other._bytes(i)
+            if mine != theirs and mine and theirs:  # special tokens have no bytes
+                a, b = (piece.decode(errors="replace") for piece in (mine, theirs))
+                return f"id {i} is {a!r} in one, {b!r} in the other"
+        for text in {*self._named.values()} & {*other._named.values()}:
+            mine, theirs = self._token_id(text), other._token_id(text)
+            if mine != theirs:
+                return f"{text!r} is id {mine} in one, {theirs} in the other"
+        return None
+
     # -- the two back ends. Each sets vocab_size, bos_id, _encode(text, special), _token_bytes(id), _token_id(text),
     #    _strip (does a text lose its first space?) and _errors (the codec's rule for bytes that are not UTF-8).
 

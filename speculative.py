@@ -1,0 +1,544 @@
+"""Speculative decoding: propose k tokens cheaply, verify all in one pass of the target, keep what it would have drawn.
+
+    python generate.py --compile --draft lookup --prompt "def add(a, b):" --compare
+    python generate.py --compile --draft_checkpoint_path demo/draft --speculate_k auto
+
+The output's distribution is exactly the target's, whatever proposes: a proposal only decides how many tokens a step
+gives. Greedy decoding gives the same tokens as without. Caches roll back by position alone: keys and values beyond the
+accepted tokens are overwritten before anything attends to them.
+
+The file imports nothing of the repository. A model is a callable (tokens [B, T], input_pos [B, T], slots) -> logits
+[B, T, V] with `features` and `logits`, its two halves; a sampler has `temperature`, `seen`, `draw` and `verify` (see
+generate.Sampler). Shapes: B rows, k proposed tokens, T = k + 1 verified ones, V vocab.
+
+Sources: speculative sampling (arXiv 2211.17192, 2302.01318); prompt lookup decoding (github.com/apoorvumang).
+"""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_K = 15  # the kernels of few rows take up to 16 tokens in a verify pass
+DEPTHS = (1, 2, 4, 7)  # what "auto" chooses from, beside 0; each is a program to compile
+LONGEST_MATCH, SHORTEST_MATCH = 8, 2  # tokens that a prompt lookup compares
+
+
+# ------------------------------------------------------------------------------------------------------- acceptance
+def accept(
+    target_probs: Tensor,
+    draft_probs: Tensor | None,
+    draft_tokens: Tensor,
+    coins: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Which proposed tokens to keep, and the one after them -> int64 [B, k + 1]: n kept, one drawn, then -1.
+
+    target_probs [B, k + 1, V]: the target's distribution at each proposed position and after the last. draft_probs
+    [B, k, V'], V' <= V: what the tokens were drawn from; None: they were not drawn (a lookup, an argmax), which is
+    all probability on them. draft_tokens int64 [B, k]. coins [B, k] uniform in [0, 1) and noise [B, V] exponential are
+    the randomness; None draws them here.
+
+    Token i is kept with probability min(1, p / q); the first that is not is replaced by a draw from max(p - q, 0), and
+    after k kept ones comes a draw from p (algorithm 1 of arXiv 2211.17192). Each row keeps its own number. Float32.
+    """
+    B, k = draft_tokens.shape
+    p, V = target_probs.float(), target_probs.shape[-1]
+    p_token = p[:, :k].gather(-1, draft_tokens[..., None])[..., 0]
+    coins = torch.rand_like(p_token) if coins is None else coins
+    if draft_probs is None:
+        kept = coins < p_token
+    else:
+        q = F.pad(draft_probs.float(), (0, V - draft_probs.shape[-1], 0, 1))  # nothing is proposed after the last
+        kept = coins * q[:, :k].gather(-1, draft_tokens[..., None])[..., 0] < p_token
+    count = kept.long().cumprod(1).sum(1, keepdim=True)  # [B, 1]
+
+    row = count[..., None].expand(B, 1, V)
+    after = p.gather(1, row)[:, 0]
+    if draft_probs is None:
+        # The rejected token itself; where all were kept, a position that no token is proposed at.
+        rejected = F.pad(draft_tokens, (0, 1)).gather(1, count)
+        rest = torch.where(count < k, after.scatter(1, rejected, 0), after)
+    else:
+        rest = (after - q.gather(1, row)[:, 0]).clamp_min(0)
+    # p and q alike but for rounding leave nothing, at odds of 1e-7; then p itself is the distribution.
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, after)
+    noise = torch.empty_like(rest).exponential_() if noise is None else noise
+    drawn = (rest / noise.clamp_min(1e-20)).argmax(-1, keepdim=True)  # an exponential race, as in generate.sample
+    return kept_and_next(draft_tokens, count, drawn)
+
+
+def accept_greedy(target_tokens: Tensor, draft_tokens: Tensor) -> Tensor:
+    """`accept` at temperature 0: target_tokens int64 [B, k + 1] are the target's argmaxes. No probabilities."""
+    k = draft_tokens.shape[1]
+    count = (target_tokens[:, :k] == draft_tokens).long().cumprod(1).sum(1, keepdim=True)
+    return kept_and_next(draft_tokens, count, target_tokens.gather(1, count))
+
+
+def kept_and_next(draft_tokens: Tensor, count: Tensor, following: Tensor) -> Tensor:
+    """The first count [B, 1] of draft_tokens [B, k], then following [B, 1], then -1 -> [B, k + 1]."""
+    position = torch.arange(draft_tokens.shape[1] + 1, device=draft_tokens.device)
+    tokens = F.pad(draft_tokens, (0, 1))
+    return torch.where(position < count, tokens, torch.where(position == count, following, -1))
+
+
+# --------------------------------------------------------------------------------------------------------- proposals
+def propose_lookup(
+    history: Tensor, k: int, longest: int = LONGEST_MATCH, shortest: int = SHORTEST_MATCH
+) -> list[int] | None:
+    """What followed the last tokens of `history` the last time that they appeared in it -> k tokens, or None.
+
+    history: int64 [n] on the CPU, prompt and output. The longest match counts, of `longest` down to `shortest`
+    tokens, and of several the most recent. A match near the end goes on into the proposal itself, as a cycle does.
+    """
+    n = len(history)
+    ends = (history[:-1] == history[-1]).nonzero()[:, 0]  # where the last token stood before
+    length = 1
+    while length < min(longest, n - 1) and len(ends):
+        longer = ends[ends >= length]
+        longer = longer[history[longer - length] == history[n - 1 - length]]
+        if not len(longer):
+            break
+        ends, length = longer, length + 1
+    if not len(ends) or length < shortest:
+        return None
+    begin = int(ends[-1]) + 1
+    period = n - begin
+    following = history[begin : begin + k].tolist()
+    return [following[i % period] for i in range(k)]
+
+
+def draft_one_token(model, tokens, input_pos, slots, sampler, seen, vocab: int) -> tuple[Tensor, Tensor | None]:
+    """Feed tokens [B, T] to the draft -> (a token [B, 1] below `vocab`, the distribution it came from [B, vocab]).
+
+    The distribution is None at temperature 0. seen: the sampler's memory for the repetition penalty, or None.
+    """
+    tokens = tokens.clamp(max=model.args.vocab_size - 1)  # what a smaller draft does not know is another token to it
+    logits = model.logits(model.features(tokens, input_pos, slots)[:, -1:])[:, -1, :vocab]
+    return sampler.draw(logits, seen)
+
+
+def verify_proposal(model, token, proposed, pos, last, slots, sampler, probs):
+    """Run token [B, 1] and proposed [B, k] from pos [B, 1] on -> (tokens [B, k + 1], prev, token, pos, each [B, 1]).
+
+    tokens: as `accept` returns them. The others are where the next step begins: its token, the one before, and its
+    position, which goes no further than last [B, 1]. probs: what `accept` calls draft_probs.
+    """
+    tokens = torch.cat([token, proposed], 1)
+    logits = model(tokens, pos + torch.arange(tokens.shape[1], device=pos.device), slots)
+    out = sampler.verify(logits, proposed, probs)
+    count = (out >= 0).sum(1, keepdim=True)
+    return out, tokens.gather(1, count - 1), out.gather(1, count - 1), torch.minimum(pos + count, last)
+
+
+def compile_step(step: Callable, slots_at: int) -> Callable:
+    """`step` compiled, once for each number of tokens and for all context lengths. slots_at: the argument `slots`."""
+    compiled = torch.compile(
+        step,
+        fullgraph=True,
+        dynamic=False,  # other token counts are other programs; of slots there are any number
+        options={"coordinate_descent_tuning": True, "fallback_random": True},  # as generate.compile_decode has them
+    )
+
+    def run(*args):
+        torch._dynamo.mark_dynamic(args[slots_at], 0)
+        return compiled(*args)
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------- how many to propose
+class Statistics:
+    """What the steps of one generation gave and took."""
+
+    def __init__(self, k: int):
+        self.steps = self.rows = self.tokens = 0  # rows: those still running, summed over the steps
+        # By position, rows that proposed a token there; those of them that kept all before it; and that kept it, too.
+        self.proposed, self.reached, self.kept = [0] * k, [0] * k, [0] * k
+        self.seconds = {"draft": 0.0, "verify": 0.0, "plain": 0.0}
+
+    def add(self, k: int, seconds: Sequence[float], rows: int, tokens: int, kept: Sequence[int]) -> None:
+        """A step at k: seconds to catch up, propose and verify (or decode); rows that ran; tokens they got and kept."""
+        self.steps, self.rows, self.tokens = self.steps + 1, self.rows + rows, self.tokens + tokens
+        self.seconds["draft"] += seconds[0] + seconds[1]
+        self.seconds["verify" if k else "plain"] += seconds[2]
+        for n in kept:
+            for j in range(k):
+                self.proposed[j] += 1
+                self.reached[j] += j <= n
+                self.kept[j] += j < n
+
+    def summary(self) -> dict:
+        """The figures that a report shows; None where nothing was proposed.
+
+        acceptance: of the proposed tokens whose turn came (all before them were kept), the share that was kept.
+        kept_share: of all that were proposed. acceptance_by_position: that share, position by position.
+        """
+        proposed, reached, total = sum(self.proposed), sum(self.reached), sum(self.seconds.values())
+        return {
+            "steps": self.steps,
+            "tokens_per_step": self.tokens / self.rows if self.rows else None,
+            "acceptance": sum(self.kept) / reached if reached else None,
+            "kept_share": sum(self.kept) / proposed if proposed else None,
+            "acceptance_by_position": [a / b for a, b in zip(self.kept, self.proposed, strict=True) if b],
+            "draft_share_of_time": self.seconds["draft"] / total if total else None,
+            "plain_share_of_time": self.seconds["plain"] / total if total else None,
+        }
+
+
+class Pace:
+    """Chooses how many tokens to propose, 0 included, from the acceptance and the costs it has seen.
+
+    A step at k gives 1 + sum over j <= k of P(the first j are kept) tokens for cost(k) seconds; the best ratio wins.
+    What speculation may lose against plain decoding is bounded: `slack`, in plain steps, starts at a few, grows by a
+    fiftieth each token and by what is gained, shrinks by what is lost, and nothing is tried whose worst case, no token
+    kept, exceeds it. So at least 95% of plain decoding's speed remain after some 200 tokens.
+    """
+
+    START, CAP, GROWTH = 5.0, 20.0, 0.02
+    TRIAL = 3  # steps in a row when speculation begins: the draft has to catch up, which one step would not pay back
+    WAIT = 16  # plain steps before the next trial, doubled each time that one is in vain
+    MARGIN = 1.05  # measured costs are that uncertain: what promises less is not begun
+    REFRESH = 64  # speculative steps before the cost of a plain one is measured again
+
+    def __init__(self, depths: Sequence[int] = DEPTHS):
+        self.depths, self.slack = depths, self.START
+        self.plain_steps = self.steps = self.trial = 0  # of a kind in a row; what is left of a trial
+        self.trial_k, self.doubt, self.entry = 0, 1, 0.0  # entry: seconds to catch up, the last time
+        self.costs = {k: deque(maxlen=9) for k in (0, *depths)}  # seconds
+        # By position: rows that kept all before it, and of these the rows that kept it too; the past fades.
+        self.reached, self.kept = [0.0] * max(depths), [0.0] * max(depths)
+
+    def cost(self, k: int) -> float:
+        """Seconds of a step: the median of the latest, or a guess by the nearest depth that was measured."""
+        if self.costs[k]:
+            return statistics.median(self.costs[k]) if len(self.costs[k]) > 2 else min(self.costs[k])
+        plain = self.cost(0)
+        known = min((d for d in self.depths if self.costs[d]), key=lambda d: abs(d - k), default=None)
+        return plain * (1 + 0.25 * k) if known is None else plain + (self.cost(known) - plain) * k / known
+
+    def tokens(self, k: int) -> float:
+        """Tokens a step at k is expected to give."""
+        total, all_kept, rate = 1.0, 1.0, 0.7
+        for reached, kept in zip(self.reached[:k], self.kept[:k], strict=True):
+            rate = (kept + rate) / (reached + 1)  # where little was seen, as at the position before
+            all_kept *= rate
+            total += all_kept
+        return total
+
+    def choose(self) -> int:
+        """The k of the next step."""
+        if len(self.costs[0]) < 2 or self.steps >= self.REFRESH:
+            return 0
+        if self.trial:
+            self.trial -= 1
+            return self.trial_k
+        if self.plain_steps % 4:  # to think takes time, too
+            return 0
+        plain, begins = self.cost(0), self.plain_steps > 0
+        steps, entry = (self.TRIAL, self.entry / plain) if begins else (1, 0.0)
+        allowed = [k for k in self.depths if steps * (self.cost(k) / plain - 1) + entry <= self.slack]
+        best = max((0, *allowed), key=lambda k: self.tokens(k) / self.cost(k) * (1 if k else self.MARGIN))
+        if best == 0 and allowed and self.plain_steps >= self.WAIT * self.doubt:  # has the text changed?
+            self.doubt = min(2 * self.doubt, 16)
+            best = min(allowed, key=lambda k: abs(k - 2))
+        if best and begins:
+            self.trial, self.trial_k = self.TRIAL - 1, best
+        return best
+
+    def learn(self, k: int, seconds: float, more: float, tokens: float, kept: Sequence[int]) -> None:
+        """A step at k gave so many tokens a row; rows that proposed kept so many of theirs.
+
+        seconds: what such a step takes; more: what this one took to catch the draft up.
+        """
+        self.entry = more or self.entry
+        expected = self.cost(k) if self.costs[0] else seconds
+        self.costs[k].append(seconds)
+        self.plain_steps, self.steps = (0, self.steps + 1) if k else (self.plain_steps + 1, 0)
+        for n in kept:
+            for j in range(min(n + 1, k)):
+                self.reached[j] = 0.95 * self.reached[j] + 1
+                self.kept[j] = 0.95 * self.kept[j] + (j < n)
+            self.doubt = 1 if n else self.doubt
+        # A hiccup of the machine is no loss of speculation's.
+        took = (min(seconds, 3 * expected) + more) / self.cost(0) if k else tokens
+        self.slack = min(self.slack + tokens - took + self.GROWTH * tokens, self.CAP)
+
+
+# ------------------------------------------------------------------------------------------------------ the decode loop
+class Buffers:
+    """What the steps of B rows read and leave, at fixed addresses, so that captured graphs can be replayed."""
+
+    def __init__(self, B: int, device: torch.device):
+        self.token, self.prev, self.pos, self.last = torch.zeros(4, B, 1, dtype=torch.int64, device=device)
+        self.proposed: dict[int, Tensor] = {}  # k -> int64 [B, k]
+        self.probs: dict[int, Tensor | None] = {}  # k -> float32 [B, k, V']
+        self.out: dict[int, Tensor] = {}  # k -> int64 [B, k + 1]
+
+    def make(self, k: int, probs: int | None) -> None:
+        """Room for k proposed tokens, and for their distributions over so many tokens."""
+        if k not in self.out or (self.probs[k] is None) != (probs is None):
+            B, device = len(self.token), self.token.device
+            self.proposed[k] = torch.zeros(B, k, dtype=torch.int64, device=device)
+            self.out[k] = torch.zeros(B, k + 1, dtype=torch.int64, device=device)
+            self.probs[k] = None if probs is None else torch.zeros(B, k, probs, device=device)
+
+
+class Step:
+    """A step that was launched: its k, its tokens on their way to the host, and when its parts began and ended."""
+
+    def __init__(self, k: int, tokens: Tensor, real: Sequence[bool], marks: Sequence):
+        self.k, self.tokens, self.real, self.marks = k, tokens.to("cpu", non_blocking=True), real, marks
+        self.arrived = mark(tokens.device)
+
+    def read(self) -> tuple[list[list[int]], list[float]]:
+        """Wait for it -> (each row's tokens, -1 beyond those accepted; seconds between the marks)."""
+        if isinstance(self.arrived, torch.cuda.Event):
+            self.arrived.synchronize()
+            times = [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        else:
+            times = [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        return self.tokens.tolist(), times
+
+
+def mark(device: torch.device):
+    """A point in time: on a GPU an event in its queue, else seconds."""
+    if device.type == "cuda":
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+    if device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+class Speculation:
+    """How to speculate, and what outlives one generation: compiled steps and graphs, the draft's cache, the pace.
+
+    fill(model, rows, start): run rows (lists of ids) into a model's cache from position `start` on.
+    slots_for(model, n): the cache slots to attend to for n tokens. k: tokens to propose, 1 to MAX_K, or "auto".
+    draft: a model, or None to look up in the text so far. compile: torch.compile the steps, and on CUDA capture them.
+    Raises ValueError for another k.
+    """
+
+    def __init__(self, fill: Callable, slots_for: Callable, k: int | str = 4, draft=None, compile: bool = False):
+        if k != "auto" and not (isinstance(k, int) and 1 <= k <= MAX_K):
+            raise ValueError(f"--speculate_k {k}: it must be auto, or a number from 1 to {MAX_K}")
+        self.fill, self.slots_for, self.draft = fill, slots_for, draft
+        self.pace = Pace() if k == "auto" else None
+        self.depths = DEPTHS if k == "auto" else (k,)
+        self.max_k = max(self.depths)
+        self.forced: int | None = None  # a k that every step uses, match or not: for warming up
+        self.draft_step = compile_step(draft_one_token, 3) if compile else draft_one_token
+        self.verify_step = compile_step(verify_proposal, 5) if compile else verify_proposal
+        self.graphed, self.graphs, self.buffers = compile, {}, {}
+        self.cached: list[int] = []  # how many leading tokens of each row the draft's cache holds
+        self.statistics = Statistics(self.max_k)
+
+    def setup_caches(self, batch_size: int, max_seq_len: int) -> None:
+        """Room for the draft's keys and values; one that is made anew holds nothing."""
+        if self.draft is not None:
+            slots = self.draft.slots
+            self.draft.setup_caches(batch_size, max_seq_len)
+            self.cached = self.cached if self.draft.slots is slots else []
+
+    def run(self, key: tuple, work: Callable[[], None], kept: Sequence[Tensor]) -> None:
+        """Do `work`, which reads and writes fixed memory; on CUDA by replaying a graph of it, captured at first.
+
+        kept: what the work changes, to be put back after the warm-up that comes before a capture.
+        """
+        if not (self.graphed and kept[0].is_cuda):
+            return work()
+        if key not in self.graphs:
+            before = [t.clone() for t in kept]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    work()
+                    for t, b in zip(kept, before, strict=True):
+                        t.copy_(b)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key]):
+                work()
+        self.graphs[key].replay()
+
+    def every_depth(self) -> Iterator[int]:
+        """Go through each k, 0 included, which every step then uses until the next: to warm up."""
+        try:
+            for k in (0, *self.depths):
+                self.forced = k
+                yield k
+        finally:
+            self.forced = None
+
+    def choose(self) -> int:
+        """The k of the next step."""
+        if self.forced is not None:
+            return self.forced
+        return self.pace.choose() if self.pace else self.max_k
+
+    def propose(self, s: Buffers, k: int, slots: Tensor, sampler, vocab: int) -> None:
+        """k tokens of the draft, one after another, into s.proposed[k], and what they were drawn from.
+
+        The first pass feeds two tokens: when all of the last step's proposal was kept, the draft has not seen its end.
+        """
+        seen = None if sampler.seen is None else sampler.seen.clone()
+        tokens, pos = torch.cat([s.prev, s.token], 1), torch.cat([s.pos - 1, s.pos], 1)
+        for j in range(k):
+            tokens, probs = self.draft_step(self.draft, tokens, pos, slots, sampler, seen, vocab)
+            s.proposed[k][:, j] = tokens[:, 0]
+            if probs is not None:
+                s.probs[k][:, j] = probs
+            pos = s.pos + (j + 1)
+
+    def catch_up(self, s: Buffers, rows: Sequence[Sequence[int]], done: Sequence[bool]) -> None:
+        """After the prompt or plain steps: bring `s` to the end of `rows`, and the draft's cache if it is behind."""
+        s.prev.copy_(torch.tensor([[row[-2]] for row in rows]))
+        s.token.copy_(torch.tensor([[row[-1]] for row in rows]))
+        s.pos.copy_(torch.tensor([[len(row) - 1] for row in rows]))
+        # A draft that lacks no more than the last two tokens is fed these by its next pass anyway.
+        late = [c < len(row) - 2 for c, row, d in zip(self.cached, rows, done, strict=True) if not d]
+        if self.draft is not None and any(late):
+            known = self.draft.args.vocab_size - 1  # as in draft_one_token
+            self.fill(self.draft, [[min(t, known) for t in row] for row in rows], min(self.cached))
+            self.cached = [len(row) for row in rows]
+
+    def launch(self, model, s: Buffers, k: int, proposals, length: int, sampler, marks) -> Step:
+        """One step from where `s` stands, for contexts of `length` tokens, s.token included; nothing is waited for.
+
+        proposals: for each row the tokens looked up, or None; with a draft None. marks: when the step began, and when
+        the draft had caught up.
+        """
+        device = s.token.device
+        real = [True] * len(s.token)
+        vocab = model.args.vocab_size if self.draft is None else min(model.args.vocab_size, self.draft.args.vocab_size)
+        s.make(k, None if self.draft is None or sampler.temperature == 0 else vocab)
+        memory = [] if sampler.seen is None else [sampler.seen]
+        key = (k, len(s.token), *(m.data_ptr() for m in memory), s.out[k].data_ptr())
+        if self.draft is None:
+            real = [p is not None for p in proposals]
+            s.proposed[k].copy_(torch.tensor([p or [0] * k for p in proposals]), non_blocking=True)
+        else:
+            theirs = self.slots_for(self.draft, length + k)
+            self.run(("draft", *key, *size(self.draft, theirs)),
+                     lambda: self.propose(s, k, theirs, sampler, vocab), [s.proposed[k]])  # fmt: skip
+        marks = [*marks, mark(device)]
+        slots = self.slots_for(model, length + k)
+
+        def verify():
+            out, prev, token, pos = self.verify_step(
+                model, s.token, s.proposed[k], s.pos, s.last, slots, sampler, s.probs[k]
+            )
+            s.out[k].copy_(out)
+            s.prev.copy_(prev)
+            s.token.copy_(token)
+            s.pos.copy_(pos)
+
+        self.run(("verify", *key, *size(model, slots)), verify, [s.token, s.prev, s.pos, *memory])
+        return Step(k, s.out[k], real, [*marks, mark(device)])
+
+
+def size(model, slots: Tensor) -> tuple[int, int, int]:
+    """What tells one captured graph of a model from another: how many slots it reads, of how large a cache."""
+    return len(slots), model.max_batch_size, model.max_seq_len
+
+
+def speculate(
+    speculation: Speculation,
+    model,
+    prompts: Sequence[Sequence[int]],
+    token: Tensor,
+    max_new_tokens: int,
+    sampler,
+    decode: Callable,
+    stop_ids: Sequence[int] = (),
+    start: int = 0,
+) -> Iterator[Tensor]:
+    """Yield the tokens that follow the prompts, column by column, as generate() does: int64 [B], -1 in ended rows.
+
+    token [B, 1]: the first new token of each row, drawn but not fed; the model's cache holds the prompts. decode: a
+    plain step, (model, token, input_pos, slots, sampler) -> (token, input_pos). start: as generate()'s.
+
+    A column is yielded once every row that runs has its token; rows that accept more run ahead of it, each at its own
+    position. With a draft on CUDA, the device runs a step ahead of what is yielded: reading the tokens of a step is
+    the only synchronisation. What a step draws beyond a row's end is dropped, and its position stays within the cache.
+    """
+    B, device, draft = len(prompts), token.device, speculation.draft
+    rows, stops = [list(p) for p in prompts], frozenset(stop_ids)
+    ends = [len(p) + max_new_tokens for p in prompts]
+    s = speculation.buffers.setdefault(B, Buffers(B, device))
+    s.last.copy_(torch.tensor([[n - 1] for n in ends]))
+    speculation.cached = [min(c, start) for c in speculation.cached] if len(speculation.cached) == B else [0] * B
+    stats = speculation.statistics = Statistics(speculation.max_k)
+    history = torch.zeros(B, max(ends), dtype=torch.int64)  # what lookups search; the first in_history[b] of row b
+    in_history = [0] * B
+
+    # Where plain steps stand: (token, position), as a plain step wants and leaves them; None where `s` is ahead of it.
+    plain = token, torch.tensor([[len(p)] for p in prompts], device=device)
+    ahead = int(device.type == "cuda" and draft is not None)
+    queue = deque([Step(0, token, [], ())])
+    reach, shown = max(map(len, prompts)) + 1, 0
+    running, done = [True] * B, [False] * B  # as far as columns were yielded; as far as tokens are known
+    while True:
+        while len(queue) <= ahead:
+            missing = max((end - len(row) for row, end, d in zip(rows, ends, done, strict=True) if not d), default=0)
+            if missing <= len(queue):  # each step brings one token at least
+                break
+            k, proposals, marks = speculation.choose(), None, [mark(device)]
+            if k and draft is None:
+                for b, row in enumerate(rows):
+                    history[b, in_history[b] : len(row)] = torch.tensor(row[in_history[b] :])
+                    in_history[b] = len(row)
+                proposals = [propose_lookup(h[:n], k) for h, n in zip(history, in_history, strict=True)]
+                k = k if any(proposals) or speculation.forced else 0
+            if k and plain:
+                if queue:
+                    break  # the tokens of the steps before have to be known
+                speculation.catch_up(s, rows, done)
+                plain = None
+            marks.append(mark(device))
+            length, reach = min(reach, max(ends)), reach + k + 1
+            if k:
+                queue.append(speculation.launch(model, s, k, proposals, length, sampler, marks))
+                continue
+            token, pos = decode(model, *(plain or (s.token, s.pos)), speculation.slots_for(model, length), sampler)
+            # A row that has ended goes on beside others, and must stay in the cache.
+            plain = (token, pos) if B == 1 else (token.clone(), torch.minimum(pos, s.last))
+            queue.append(Step(0, token, [], [*marks, marks[-1], mark(device)]))
+
+        step = queue.popleft()
+        tokens, seconds = step.read()
+        kept, brought, live = [], 0, B - sum(done)
+        for b, (row, new) in enumerate(zip(rows, tokens, strict=True)):
+            new = [t for t in new if t >= 0]
+            if step.k:
+                speculation.cached[b] = len(row) + min(len(new) - 1, step.k - 1)
+                if step.real[b] and not done[b]:
+                    kept.append(len(new) - 1)
+            new = new[: ends[b] - len(row)]
+            row += new
+            if not done[b]:
+                stop = next((i for i, t in enumerate(new) if t in stops), None)
+                brought += len(new) if stop is None else stop + 1
+                done[b] = stop is not None or len(row) == ends[b]
+        reach = max(map(len, rows)) + sum(later.k + 1 for later in queue)
+        if seconds:  # all but the prefill's token
+            stats.add(step.k, seconds, live, brought, kept)
+            if speculation.pace and speculation.forced is None:
+                speculation.pace.learn(step.k, sum(seconds[1:]), seconds[0], brought / live, kept)
+
+        while shown < max_new_tokens and all(
+            len(row) > len(p) + shown for row, p, r in zip(rows, prompts, running, strict=True) if r
+        ):
+            column = [row[len(p) + shown] if r else -1 for row, p, r in zip(rows, prompts, running, strict=True)]
+            yield torch.tensor(column)
+            shown += 1
+            running = [r and t not in stops for r, t in zip(running, column, strict=True)]
+            if shown == max_new_tokens or not any(running):
+                return

@@ -1,0 +1,719 @@
+"""speculative.py: greedy tokens are those of plain decoding, sampled ones have its distribution, and it pays or stops.
+
+Try it:  python -m pytest tests/test_speculative.py -k accept
+         python tests/test_speculative.py --many 200       # the bundled pair on so many prompts; minutes
+"""
+
+import inspect
+import json
+import random
+import shutil
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for --many; pytest has it already
+
+import benchmark  # noqa: E402
+import generate as program  # noqa: E402
+import speculative  # noqa: E402
+from checkpoint import load_model  # noqa: E402
+from generate import Sampler, compile_decode, complete, fill, generate, graph_slots, warm_up  # noqa: E402
+from quantize import make_recipe  # noqa: E402
+from speculative import MAX_K, Pace, Speculation, accept, accept_greedy, propose_lookup  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+DEMO = Path(__file__).parents[1] / "demo"
+DEPTHS = range(1, 9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A second thread costs such small models more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tokens(n: int, seed: int = 0, vocab: int = 97) -> list[int]:
+    """A random prompt."""
+    return torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def columns(iterator) -> torch.Tensor:
+    """What `generate` yields, as one tensor [B, N]."""
+    return torch.stack(list(iterator), 1)
+
+
+def speculation(k=4, draft=None, **more) -> Speculation:
+    return Speculation(fill, graph_slots, k, draft, **more)
+
+
+def perturbed(model, tiny, amount: float, **changes):
+    """A draft that agrees with a tiny model now and then: its weights, and noise."""
+    draft, generator = tiny(**changes), torch.Generator().manual_seed(5)
+    for mine, theirs in zip(draft.parameters(), model.parameters(), strict=True):
+        noise = torch.randn(mine.shape, generator=generator)
+        mine.data = theirs + amount * theirs.std() * noise if mine.ndim > 1 else theirs
+    return draft
+
+
+# ----------------------------------------------------------------------------------------------------------- accept
+V, DRAWS = 10, 200_000
+
+
+def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """Pearson's chi-square test: how likely counts at least so far from probs are; 0 for what cannot be drawn."""
+    possible = probs > 0
+    if counts[~possible].any():
+        return 0.0
+    expected = probs[possible].double() * counts.sum()
+    assert expected.min() > 5
+    statistic = ((counts[possible] - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((possible.sum().item() - 1) / 2, dtype=torch.float64)
+    return torch.special.gammaincc(freedom, statistic / 2).item()
+
+
+def distributions(deterministic: bool):
+    """(target [3, V], draft [2, V] or None): with tokens that only one of the two can draw."""
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(n, V, generator=generator).mul(1.2).softmax(-1) for n in (3, 2))
+    p[:, 3], q[:, 6] = 0, 0
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    return p, None if deterministic else q
+
+
+def p_values(accept, deterministic: bool) -> list[float]:
+    """The test of each of the three tokens that a step of k = 2 may give, where it gives it, and of the first two."""
+    p, q = distributions(deterministic)
+    generator = torch.Generator().manual_seed(1)
+    if deterministic:
+        proposed = torch.tensor([[4, 8]]).expand(DRAWS, 2)
+    else:
+        proposed = torch.stack([q[i].multinomial(DRAWS, replacement=True, generator=generator) for i in (0, 1)], 1)
+    coins = torch.rand(DRAWS, 2, generator=generator)
+    noise = torch.empty(DRAWS, V).exponential_(generator=generator)
+    out = accept(p.expand(DRAWS, 3, V), None if q is None else q.expand(DRAWS, 2, V), proposed, coins, noise)
+    assert out.shape == (DRAWS, 3) and out.dtype == torch.int64
+    values = []
+    for i in range(3):
+        there = out[:, i][out[:, i] >= 0]
+        values.append(p_value(torch.bincount(there, minlength=V), p[i]))
+    return values
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_accept_gives_the_targets_distribution(deterministic):
+    values = p_values(accept, deterministic)
+    assert min(values) > 0.01, values
+
+
+BUGS = [
+    ("rest = (after - q.gather(1, row)[:, 0]).clamp_min(0)", "rest = after", False),
+    ("coins * q[", "0.9 * coins * q[", False),
+    ("kept = coins < p_token", "kept = coins < 1.05 * p_token", True),
+    ("after.scatter(1, rejected, 0)", "after", True),
+    (".cumprod(1)", "", False),
+    ("F.pad(draft_tokens, (0, 1)).gather(1, count)", "draft_tokens[:, :1]", True),
+]
+
+
+@pytest.mark.parametrize("right, wrong, deterministic", BUGS, ids=[wrong for _, wrong, _ in BUGS])
+def test_the_test_of_accept_notices_a_bug(right, wrong, deterministic):
+    source = inspect.getsource(accept)
+    assert source.count(right) == 1
+    names = dict(vars(speculative))
+    exec(source.replace(right, wrong), names)
+    assert min(p_values(names["accept"], deterministic)) < 1e-6
+
+
+def test_accept_row_by_row():
+    """What is certain: equal distributions keep all, disjoint ones nothing, whatever the coins say."""
+    a, b = torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.5, 0.5])
+    p = torch.stack([torch.stack([a, a, a]), torch.stack([a, a, b]), torch.stack([b, a, a])])
+    q = torch.stack([torch.stack([a, a]), torch.stack([a, b]), torch.stack([a, a])])
+    proposed = torch.tensor([[0, 1], [1, 2], [0, 0]])
+    for coin in (0.0, 0.5, 1 - 2**-24):
+        out = accept(p, q, proposed, torch.full((3, 2), coin)).tolist()
+        assert out[0][:2] == [0, 1] and out[0][2] in (0, 1)
+        assert out[1][0] == 1 and out[1][1] in (0, 1) and out[1][2] == -1
+        assert out[2][0] in (2, 3) and out[2][1:] == [-1, -1]
+
+
+def test_accept_with_a_smaller_vocabulary_and_in_bfloat16():
+    p, q = distributions(False)
+    p[:, 7:] += 0.2
+    p, q = p / p.sum(-1, keepdim=True), q[:, :7] / q[:, :7].sum(-1, keepdim=True)
+    proposed = q[:, None].expand(2, 50_000, 7).reshape(-1, 7).multinomial(1).view(2, -1).T
+    torch.manual_seed(0)
+    out = accept(p.expand(50_000, 3, V), q.expand(50_000, 2, 7), proposed)
+    assert p_value(torch.bincount(out[:, 0], minlength=V), p[0]) > 0.01
+    low = accept(p.bfloat16().expand(9, 3, V), q.bfloat16().expand(9, 2, 7), proposed[:9])
+    assert low.dtype == torch.int64
+
+
+def test_accept_greedy():
+    target = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
+    proposed = torch.tensor([[1, 2, 3], [9, 2, 3], [1, 9, 3], [1, 2, 9]])
+    expected = [[1, 2, 3, 4], [1, -1, -1, -1], [1, 2, -1, -1], [1, 2, 3, -1]]
+    assert accept_greedy(target, proposed).tolist() == expected
+
+
+# ----------------------------------------------------------------------------------------------------------- lookup
+def plain_lookup(history: list[int], k: int, longest: int, shortest: int) -> list[int] | None:
+    """The same, the obvious way."""
+    n = len(history)
+    for length in range(min(longest, n - 1), shortest - 1, -1):
+        for end in range(n - 2, length - 2, -1):
+            if history[end - length + 1 : end + 1] == history[n - length :]:
+                said = list(history)
+                for i in range(k):
+                    said.append(said[end + 1 + i])
+                return said[n:]
+    return None
+
+
+def test_lookup_equals_the_obvious_search():
+    rng = random.Random(0)
+    found = 0
+    for _ in range(2000):
+        history = rng.choices(range(rng.randint(1, 6)), k=rng.randint(1, 40))
+        k, longest = rng.randint(1, 8), rng.randint(1, 6)
+        shortest = rng.randint(1, longest)
+        expected = plain_lookup(history, k, longest, shortest)
+        assert propose_lookup(torch.tensor(history), k, longest, shortest) == expected, history
+        found += expected is not None
+    assert 500 < found < 1950
+
+
+# ---------------------------------------------------------------------------------------- greedy: the same tokens
+@pytest.mark.parametrize("changes", [{}, dict(sliding_window=8), dict(n_experts=4, n_experts_per_token=2)], ids=str)
+@pytest.mark.parametrize("amount", [0.0, 0.05, 3.0])
+def test_greedy_equals_plain_at_every_depth(tiny, changes, amount):
+    model = tiny(**changes)
+    draft = perturbed(model, tiny, amount, **changes)
+    prompts = [tokens(n, seed=n) for n in (7, 1, 40)]
+    plain = [columns(generate(model, p, 30)) for p in (prompts[:1], prompts)]
+    kept = 0
+    for k in DEPTHS:
+        how = speculation(k, draft)
+        for batch, expected in zip((prompts[:1], prompts), plain, strict=True):
+            assert torch.equal(columns(generate(model, batch, 30, Sampler(), speculation=how)), expected), k
+        kept += how.statistics.summary()["acceptance"]
+    assert kept > 7.9 if amount == 0 else kept < 7.9  # the draft is as good as it was made
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_greedy_lookup_equals_plain(tiny, k):
+    model = tiny(vocab_size=7)  # so few words that the same ones follow each other again
+    cycle = tokens(6, seed=1, vocab=7) * 4
+    prompts = [cycle, tokens(30, seed=2, vocab=7), cycle[3:]]
+    expected = columns(generate(model, prompts, 40))
+    how = speculation(k)
+    assert torch.equal(columns(generate(model, prompts, 40, Sampler(), speculation=how)), expected)
+    assert 0 < how.statistics.summary()["acceptance"] <= 1
+    assert torch.equal(columns(generate(model, prompts[:1], 40, Sampler(), speculation=how)), expected[:1])
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_repetition_penalty_position_by_position(tiny, penalty):
+    model = tiny()
+    draft = perturbed(model, tiny, 0.05)
+    prompts = [tokens(n, seed=n) for n in (9, 4)]
+    expected = columns(generate(model, prompts, 40, Sampler(repetition_penalty=penalty)))
+    assert not torch.equal(expected, columns(generate(model, prompts, 40)))
+    for k, proposer in product((1, 4), (draft, None)):
+        how, sampler = speculation(k, proposer), Sampler(repetition_penalty=penalty)
+        for _ in range(2):  # the second begins afresh
+            assert torch.equal(columns(generate(model, prompts, 40, sampler, speculation=how)), expected)
+
+
+@pytest.mark.parametrize("draft_vocab, target_vocab", [(97, 64), (64, 97)])
+def test_vocabularies_of_different_sizes(tiny, draft_vocab, target_vocab):
+    model, draft = tiny(vocab_size=target_vocab), tiny(vocab_size=draft_vocab)
+    prompts = [tokens(9, seed=1, vocab=target_vocab), tokens(4, seed=2, vocab=target_vocab)]
+    expected = columns(generate(model, prompts, 30))
+    how = speculation(3, draft)
+    assert torch.equal(columns(generate(model, prompts, 30, Sampler(), speculation=how)), expected)
+    for sampler in (Sampler(1.0, top_k=5), Sampler(0.7, repetition_penalty=1.2)):
+        out = columns(generate(model, prompts, 30, sampler, speculation=how))
+        assert out.shape == (2, 30) and 0 <= out.min() and out.max() < target_vocab
+
+
+def test_stop_ids_inside_accepted_runs(tiny):
+    model = tiny()
+    prompts = [tokens(5, seed=1), tokens(9, seed=2), tokens(3, seed=3)]
+    free = columns(generate(model, prompts, 30))
+    inside = 0
+    for stop in {t for row in free.tolist() for t in row[1:20]}:
+        expected = columns(generate(model, prompts, 30, stop_ids=[stop]))
+        how = speculation(7, tiny())  # proposes exactly what the target says, so runs are long
+        out = columns(generate(model, prompts, 30, Sampler(), stop_ids=[stop], speculation=how))
+        assert torch.equal(out, expected), stop
+        inside += any(0 < row.index(stop) % 8 < 7 for row in free.tolist() if stop in row)
+    assert inside > 10
+
+
+def test_stop_strings_and_reasons_inside_accepted_runs():
+    model, tokenizer = load_model(DEMO, dtype=torch.float32), Tokenizer(DEMO)
+    ids = tokenizer.encode("def fibonacci(n):")
+    how = speculation(8, load_model(DEMO, dtype=torch.float32))
+    whole = complete(lambda: generate(model, [ids], 60), tokenizer, ids, (), (), lambda text: None)
+    for at in range(5, len(whole["text"]) - 12, 17):
+        stop = whole["text"][at : at + 3]
+        written, results = [], []
+        for more in ({}, dict(sample=Sampler(), speculation=how)):
+            generation = lambda more=more: generate(model, [ids], 60, **more)  # noqa: E731
+            results.append(complete(generation, tokenizer, ids, (), [stop], written.append))
+        plain, ours = ({k: r[k] for k in ("tokens", "text", "finish_reason")} for r in results)
+        assert plain == ours and ours["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+def test_as_many_tokens_as_asked_for(tiny, n):
+    model, prompts = tiny(), [tokens(5, seed=1), tokens(9, seed=2)]
+    how = speculation(8, tiny())
+    expected = columns(generate(model, prompts, n))
+    assert torch.equal(columns(generate(model, prompts, n, Sampler(), speculation=how)), expected)
+
+
+def test_a_row_far_ahead_of_another_stays_in_the_cache(tiny):
+    """One row keeps every proposal, the other none: what the first goes on to do after its end harms nobody."""
+
+    class Partial(Sampler):
+        def verify(self, logits, proposed, probs):
+            out = super().verify(logits, proposed, probs)
+            out[1, 1:] = -1
+            return out
+
+    model, prompts = tiny(), [tokens(9, seed=2), tokens(5, seed=1)]
+    expected = columns(generate(model, prompts, 150))
+    how = speculation(8, tiny())
+    assert torch.equal(columns(generate(model, prompts, 150, Partial(), speculation=how)), expected)
+    assert how.statistics.steps == 149
+    limit = len(prompts[0]) + 150
+    assert int(how.buffers[2].pos.max()) < limit and model.max_seq_len == limit + 8
+
+
+def test_the_whole_context_can_be_used(tiny):
+    model, draft = tiny(max_seq_len=64), tiny(max_seq_len=64)
+    prompt = tokens(40)
+    expected = columns(generate(tiny(max_seq_len=64), [prompt], 24))
+    for _ in range(2):
+        out = columns(generate(model, [prompt], 24, Sampler(), speculation=speculation(8, draft)))
+        assert torch.equal(out, expected)
+    with pytest.raises(ValueError, match="context of 64"):
+        next(generate(model, [prompt], 25, Sampler(), speculation=speculation(8, draft)))
+
+
+def test_columns_are_as_generates(tiny):
+    how = speculation(4, tiny())
+    kept = list(generate(tiny(), [tokens(4), tokens(6)], 9, Sampler(), speculation=how))
+    assert all(c.dtype == torch.int64 and c.shape == (2,) and c.device.type == "cpu" for c in kept)
+    assert len({c.data_ptr() for c in kept}) == 9
+
+
+def test_chat_turns_reuse_both_caches(tiny):
+    model, draft = tiny(), perturbed(tiny(), tiny, 0.05)
+    model.setup_caches(1, 900)
+    fed = []
+
+    def counting_fill(model, rows, start=0):
+        fed.append([len(r) - start for r in rows])
+        return fill(model, rows, start)
+
+    how = Speculation(counting_fill, graph_slots, 4, draft)
+    how.setup_caches(1, 900)
+    ids, start = tokens(40), 0
+    for turn in range(6):
+        expected = columns(generate(tiny(), [ids], 20))
+        stop_after = 20 - 3 * turn  # the reader leaves in the middle, as a stop string makes it
+        out = []
+        for column in generate(model, [ids], 20, Sampler(), start=start, speculation=how):
+            out.append(column)
+            if len(out) == stop_after:
+                break
+        assert torch.equal(columns(out), expected[:, :stop_after]), turn
+        start = len(ids) + stop_after - 1
+        ids = ids + columns(out)[0].tolist() + tokens(5 + 9 * turn, seed=turn)
+    assert len(fed) == 6 and all(n < 80 for (n,) in fed[1:])  # only what is new
+
+
+def test_a_cache_made_anew_is_filled_anew(tiny):
+    model, how = tiny(), speculation(4, tiny())
+    for length in (10, 200, 700, 5):
+        prompt = tokens(length, seed=length)
+        expected = columns(generate(tiny(), [prompt], 20))
+        assert torch.equal(columns(generate(model, [prompt], 20, Sampler(), speculation=how)), expected)
+        assert how.statistics.summary()["acceptance"] == 1  # the draft, its own target, is never lost
+
+
+# -------------------------------------------------------------------------------------------------- every family
+def family_names():
+    pytest.importorskip("transformers")
+    from test_families import CASES
+
+    return list(CASES)
+
+
+@pytest.mark.parametrize("name", family_names() if "pytest" in sys.modules else [])
+def test_every_family(name, tmp_path):
+    """A family's tiny model with a draft of its own weights in int8 and with lookup."""
+    from test_families import hf_model
+
+    hf_model(name).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.float32)
+    draft = load_model(tmp_path, dtype=torch.float32, quant=make_recipe("int8"))
+    cycle = tokens(5, vocab=96) * 4
+    prompts = [cycle, tokens(33, seed=1, vocab=96), cycle[:7]]
+    expected = columns(generate(model, prompts, 24))
+    for k, proposer in ((2, draft), (7, draft), (3, None)):
+        how = speculation(k, proposer)
+        assert torch.equal(columns(generate(model, prompts, 24, Sampler(), speculation=how)), expected), k
+        if proposer:
+            assert how.statistics.summary()["acceptance"] > 0.3
+
+
+# ------------------------------------------------------------------------------------------------ the bundled pair
+def heldout_prompts(tokenizer, n: int) -> list[list[int]]:
+    """n prompts of different lengths, from 1 to some 200 tokens, of the held-out text."""
+    rng, text = random.Random(0), (DEMO / "heldout.txt").read_text()
+    starts = [rng.randrange(len(text) - 2000) for _ in range(n)]
+    return [tokenizer.encode(text[s : s + 1200])[: 1 + (37 * i) % 211] for i, s in enumerate(starts)]
+
+
+def check_bundled_pair(n: int, new: int) -> dict[str, float]:
+    """Greedy float32 tokens of all proposers against plain decoding, on n prompts -> acceptance of each."""
+    tokenizer = Tokenizer(DEMO)
+    model = load_model(DEMO, dtype=torch.float32)
+    proposers = {
+        "draft": load_model(DEMO / "draft", dtype=torch.float32),
+        "int8": load_model(DEMO, dtype=torch.float32, quant=make_recipe("int8")),
+        "int4": load_model(DEMO, dtype=torch.float32, quant=make_recipe("int4")),
+        "lookup": None,
+    }
+    hows = {(name, k): speculation(k, draft) for name, draft in proposers.items() for k in DEPTHS}
+    prompts, rates = heldout_prompts(tokenizer, n), {}
+    for i in range(0, n, 3):
+        batch, k = prompts[i : i + 3], 1 + i // 3 % 8
+        together = columns(generate(model, batch, new, stop_ids=tokenizer.stop_ids))
+        for name in proposers:
+            how, more = hows[name, k], dict(stop_ids=tokenizer.stop_ids)
+            out = columns(generate(model, batch, new, Sampler(), speculation=how, **more))
+            assert torch.equal(out, together), (name, k, i)
+            rates.setdefault(name, []).append(how.statistics.summary()["acceptance"])
+            for j, prompt in enumerate(batch):
+                alone = columns(generate(model, [prompt], new, Sampler(), speculation=hows[name, 9 - k], **more))
+                row = together[j][together[j] >= 0]
+                assert torch.equal(alone[0], row), (name, 9 - k, i + j)
+    return {name: sum(filter(None, r)) / len(r) for name, r in rates.items()}
+
+
+def test_bundled_pair_on_many_prompts():
+    rates = check_bundled_pair(n=16, new=12)
+    assert rates["int8"] > 0.9 and rates["int4"] > 0.6 and rates["draft"] > 0.35 and rates["lookup"] > 0.1, rates
+
+
+@pytest.mark.parametrize("proposer", ["draft", "lookup"])
+def test_three_sampled_tokens_have_the_targets_distribution(proposer):
+    """The joint distribution of the first three tokens, exactly computed from the target alone."""
+    model, tokenizer = load_model(DEMO, dtype=torch.float32), Tokenizer(DEMO)
+    draft = load_model(DEMO / "draft", dtype=torch.float32) if proposer == "draft" else None
+    prompt = tokenizer.encode("self.x = x\nself.y = y\nself.")
+    settings = dict(temperature=1.2, top_k=3)
+    exact = {}
+    with torch.no_grad():
+        for length in range(3):
+            stems = [()] if length == 0 else list(exact)
+            probs = program.probabilities(model(torch.tensor([prompt + list(s) for s in stems]))[:, -1], **settings)
+            exact = {(*s, t): exact.get(s, 1.0) * row[t].item() for s, row in zip(stems, probs, strict=True)
+                     for t in row.nonzero()[:, 0].tolist()}  # fmt: skip
+    assert len(exact) == 27 and abs(sum(exact.values()) - 1) < 1e-5
+    torch.manual_seed(0)
+    how, counts = speculation(2, draft), dict.fromkeys(exact, 0)
+    for _ in range(4):
+        for row in columns(generate(model, [prompt] * 300, 3, Sampler(**settings), speculation=how)).tolist():
+            counts[tuple(row)] += 1
+    assert 0.1 < how.statistics.summary()["acceptance"] < 0.95
+    likely = [s for s in exact if exact[s] * 1200 > 6]
+    observed = torch.tensor([counts[s] for s in likely] + [1200 - sum(counts[s] for s in likely)])
+    expected = torch.tensor([exact[s] for s in likely] + [1 - sum(exact[s] for s in likely)])
+    assert len(likely) > 12 and p_value(observed, expected) > 0.01
+
+
+def test_seeds_are_repeatable(tiny):
+    model, runs = tiny(), []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        how = speculation(3, perturbed(model, tiny, 0.05))
+        runs.append(columns(generate(model, [tokens(5)], 40, Sampler(1.0, top_p=0.9), speculation=how)))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+# --------------------------------------------------------------------------------------------------------- compiled
+def test_compiled_equals_eager_without_recompilation(tiny):
+    """Every length of context, matches and none, proposals kept and not, without a program more than after warm-up."""
+    torch._dynamo.reset()
+    small = dict(n_layers=1, vocab_size=17)
+    model, sampler = tiny(**small), Sampler(repetition_penalty=1.2)
+    hows = [speculation(3, perturbed(model, tiny, 0.05, **small), compile=True), speculation(3)]
+    hows[1].verify_step = hows[0].verify_step
+    decode = compile_decode(model)
+    model.setup_caches(1, 600)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for how in hows:
+            how.setup_caches(1, 600)
+            for _ in how.every_depth():
+                more = dict(sample=sampler, decode=decode, speculation=how)
+                warm_up(model, lambda p, n, more=more, **kw: generate(model, p, n, **more, **kw), 590)
+            assert how.forced is None
+        torch._dynamo.config.error_on_recompile = True
+        for how, length in product(hows, (10, 500, 1, 64)):
+            prompt = (tokens(12, seed=length, vocab=17) * 50)[:length]
+            expected = columns(generate(tiny(**small), [prompt], 70, Sampler(repetition_penalty=1.2)))
+            out = generate(model, [prompt], 70, sampler, decode=decode, speculation=how)
+            assert torch.equal(columns(out), expected), length
+            assert 0 < how.statistics.summary()["acceptance"] < 1
+        with pytest.raises(Exception, match="(?i)recompil"):
+            columns(generate(model, [[1], [2]], 9, sampler, decode=decode, speculation=hows[0]))
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------------------- pace
+def simulate(rate, cost, n: int, pace: Pace | None = None, seed: int = 0) -> tuple[float, dict[int, int], Pace]:
+    """Run a pace in a world where the i-th token is kept at rate(i) and a step takes cost(k): (time, steps by k, it).
+
+    Time is in plain steps for each token.
+    """
+    rng, pace = random.Random(seed), pace or Pace()
+    done, took, steps, last = 0, 0.0, {}, 0
+    while done < n:
+        k = pace.choose()
+        kept = next((i for i in range(k) if rng.random() >= rate(done)), k)
+        more = 2.0 if k and not last else 0.0  # the draft catches up
+        seconds = cost(k) * rng.uniform(0.9, 1.1)
+        pace.learn(k, seconds, more, kept + 1, [kept] if k else [])
+        done, took, last = done + kept + 1, took + seconds + more, k
+        steps[k] = steps.get(k, 0) + 1
+    return took / done, steps, pace
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("draft", [0.05, 0.3, 0.8])
+def test_auto_never_loses_much(rate, draft):
+    for n, seed in product((200, 1000, 5000), range(5)):
+        took, _, _ = simulate(lambda i: rate, lambda k: 1 + draft * k if k else 1, n, seed=seed)
+        assert took < 1 / 0.94, (n, seed)  # of which one hundredth is the simulation's own noise
+
+
+def test_auto_uses_what_pays():
+    took, steps, _ = simulate(lambda i: 0.95, lambda k: 1.1 + 0.05 * k if k else 1, 2000)
+    assert took < 0.35 and max(steps, key=steps.get) == 7
+    took, steps, _ = simulate(lambda i: 0.6, lambda k: 1 + 0.25 * k if k else 1, 2000)
+    assert took < 0.97 and max(steps, key=steps.get) in (1, 2)
+    _, steps, _ = simulate(lambda i: 0.1, lambda k: 1.5 + 0.25 * k if k else 1, 4000)
+    assert steps[0] > 0.95 * sum(steps.values())
+
+
+def test_auto_notices_that_the_text_has_changed():
+    took, steps, pace = simulate(lambda i: 0.0 if i < 1500 else 0.9, lambda k: 1 + 0.1 * k if k else 1, 6000)
+    assert took < 0.6
+    took, steps, _ = simulate(lambda i: 0.0, lambda k: 1 + 0.1 * k if k else 1, 2000, pace)
+    assert steps[0] > 0.9 * sum(steps.values()) and took < 1.05
+
+
+def test_auto_survives_a_hiccup():
+    hiccup = iter([50.0])
+    _, steps, _ = simulate(lambda i: 0.9, lambda k: (next(hiccup, 0) if k else 0) + (1 + 0.1 * k if k else 1), 1500)
+    assert steps[0] < 0.5 * sum(steps.values())
+
+
+def test_auto_is_still_exact(tiny):
+    model, how = tiny(), speculation("auto", perturbed(tiny(), tiny, 0.05))
+    for lengths in ((7,), (7, 1, 40)):
+        prompts = [tokens(n, seed=n) for n in lengths]
+        expected = columns(generate(model, prompts, 150))
+        assert torch.equal(columns(generate(model, prompts, 150, Sampler(), speculation=how)), expected)
+    script = iter([0, 4, 1, 0, 0, 7, 7, 2, 0, 1] * 20)  # whatever it decides, also from one step to the next
+    how.pace.choose = lambda: next(script)
+    assert torch.equal(columns(generate(model, prompts, 60, Sampler(), speculation=how)), expected[:, :60])
+
+
+def test_statistics(tiny):
+    model, how = tiny(), speculation(4, tiny())
+    columns(generate(model, [tokens(5)], 21, Sampler(), speculation=how))
+    summary = how.statistics.summary()
+    assert summary["steps"] == 4 and summary["tokens_per_step"] == 5  # the first token is the prefill's
+    assert summary["acceptance"] == 1 and summary["acceptance_by_position"] == [1.0] * 4
+    assert 0 < summary["draft_share_of_time"] < 1 and summary["plain_share_of_time"] == 0
+    columns(generate(model, [tokens(5)], 1, Sampler(), speculation=how))
+    assert how.statistics.summary()["tokens_per_step"] is None
+    how = speculation(3, perturbed(tiny(), tiny, 0.05))
+    n = columns(generate(model, [tokens(5), tokens(9)], 30, Sampler(), speculation=how)).numel()
+    assert how.statistics.tokens == n - 2
+    by_position = how.statistics.summary()["acceptance_by_position"]
+    assert sorted(by_position, reverse=True) == by_position and 0 < by_position[0] < 1
+
+
+# --------------------------------------------------------------------------------------------------------- benchmark
+def test_simulated_acceptance_is_what_was_asked_for(tiny):
+    sampler = benchmark.CoinSampler(0.8, 0.0, None)
+    how = speculation(4, tiny(seed=1))  # agrees on nothing
+    columns(generate(tiny(), [tokens(5, seed=i) for i in range(8)], 200, sampler, speculation=how))
+    assert 0.77 < how.statistics.summary()["acceptance"] < 0.83
+
+
+def test_benchmark_tells_simulated_rows(tiny):
+    for acceptance in (0.9, None):
+        figures = benchmark.measure_speculation(tiny(), tiny(), 3, acceptance, 5, 30, 1, 0.8, 10, False, 2)
+        assert (figures["acceptance"] > 0.99) == (acceptance is None) and figures["tokens_per_step"] > 2
+        parts = figures["verify_pass_ms"] + 3 * figures["draft_pass_ms"] + figures["other_ms"]
+        assert parts == pytest.approx(figures["step_ms"], rel=0.5)
+        row = {"kind": "speculation", "model": "m", "mode": "bf16", "draft": "d", "batch": 1, "device": "D",
+               "commit": "c", "torch": "2", "date": "today", **figures}  # fmt: skip
+        for text in (benchmark.speculation_lines(row), benchmark.speculation_table([row])):
+            assert ("simulated" in text) == (acceptance is not None)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--speculate_k", "0"], ["--speculate_k", "16"], ["--simulate_acceptance", "0.5"],
+     ["--simulate_acceptance", "1.5", "--draft", "int8"], ["--draft", "int8", "--new_tokens", "1"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_benchmark_refuses(arguments):
+    with pytest.raises(ValueError, match=arguments[0]) if arguments[0] != "--draft" else pytest.raises(ValueError):
+        benchmark.main(**vars(benchmark.parser().parse_args(arguments)))
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+def run(monkeypatch, capsys, *argv) -> tuple[str, str]:
+    """generate.py's main on a command line -> (stdout, stderr)."""
+    program.main(**vars(program.parser().parse_args([str(a) for a in argv])))
+    return capsys.readouterr()
+
+
+GREEDY = ("--prompt", "def add(a, b):", "--max_new_tokens", "40", "--temperature", "0", "--dtype", "fp32", "--json")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [["--draft", "lookup"], ["--draft", "int8"], ["--draft", "int4", "--speculate_k", "8"],
+     ["--draft_checkpoint_path", DEMO / "draft"], ["--draft_checkpoint_path", DEMO / "draft", "--draft", "int8"],
+     ["--draft", "lookup", "--speculate_k", "auto", "--num_samples", "2"],
+     ["--draft", "int8", "--quant", "int4"]],
+    ids=lambda how: " ".join(map(str, how)).replace(str(DEMO), "demo"),
+)  # fmt: skip
+def test_command_line(how, monkeypatch, capsys):
+    quant = ["--quant", "int4"] if "int4" in how and "--quant" in how else []
+    plain = json.loads(run(monkeypatch, capsys, *GREEDY, *quant)[0].splitlines()[-1])
+    assert "speculation" not in plain
+    out, err = run(monkeypatch, capsys, *GREEDY, *how, "--compare")
+    ours = json.loads(out.splitlines()[-1])
+    for key in ("tokens", "text", "finish_reason", "prompt_tokens"):
+        assert ours[key] == plain[key]
+    assert out.startswith("def add(a, b):" + ours["text"])
+    figures = ours["speculation"]
+    assert figures["tokens_per_step"] >= 1 and figures["speedup"] > 0 and figures["plain_tok_s"] > 0
+    assert "tokens with" in err and "times plain decoding" in err and "% accepted" in err
+    assert ours["bandwidth_gbs"] is None
+
+
+def test_compare_changes_neither_sampling_nor_chat(monkeypatch, capsys):
+    import io
+
+    class Stdin(io.TextIOWrapper):
+        def __init__(self):
+            super().__init__(io.BytesIO(b"import os\ndef f(x):\nclass A:\n"))
+
+    texts = []
+    arguments = ["--interactive", "--seed", "1", "--max_new_tokens", "20", "--draft_checkpoint_path", DEMO / "draft"]
+    for more in ([], ["--compare"]):
+        monkeypatch.setattr(sys, "stdin", Stdin())
+        texts.append(run(monkeypatch, capsys, *arguments, *more)[0])
+    assert texts[0] == texts[1] and len(texts[0]) > 100
+
+
+def test_self_draft_shares_what_is_not_quantized():
+    model = load_model(DEMO)
+    draft = program.load_draft(model, DEMO, None, "int8", None, None, 100)
+    assert draft.tok_embeddings.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
+    assert draft.norm.weight.data_ptr() == model.norm.weight.data_ptr()
+    assert type(draft.output).__name__ == "Int8Linear" and type(model.output).__name__ != "Int8Linear"
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A copy of the bundled draft to change."""
+    return Path(shutil.copytree(DEMO / "draft", tmp_path / "other"))
+
+
+def refused(*argv) -> str:
+    """The one line that a command line is refused with."""
+    with pytest.raises(ValueError) as error:
+        program.main(**vars(program.parser().parse_args([str(a) for a in argv])))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--draft", "lookup", "--speculate_k", "0"], ["--speculate_k 0", "from 1 to 15"]),
+        (["--draft", "lookup", "--speculate_k", "-1"], ["--speculate_k -1"]),
+        (["--draft", "lookup", "--speculate_k", "1000"], ["--speculate_k 1000", "auto"]),
+        (["--draft", "lookup", "--speculate_k", "many"], ["--speculate_k many"]),
+        (["--draft", "lookup", "--speculate_k", "2.5"], ["--speculate_k 2.5"]),
+        (["--speculate_k", "4"], ["--speculate_k 4", "--draft"]),
+        (["--compare"], ["--compare", "--draft"]),
+        (["--draft", "lookup", "--draft_checkpoint_path", str(DEMO / "draft")], ["lookup", "leave out"]),
+        (["--draft_checkpoint_path", "no/such/dir"], ["no/such/dir", "no such directory"]),
+        (["--draft", "int8", "--quant", "int8"], ["--draft int8", "already"]),
+    ],
+    ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else v,
+)
+def test_bad_arguments(arguments, words):
+    line = refused(*arguments)
+    for word in words:
+        assert word in line, line
+
+
+def test_speculation_refuses_k():
+    for k in (0, -1, MAX_K + 1, 2.5, "many", None):
+        with pytest.raises(ValueError, match=f"--speculate_k {k}: it must be auto, or a number from 1 to {MAX_K}"):
+            speculation(k)
+
+
+def test_a_draft_with_another_tokenizer(other):
+    data = bytearray((other / "tokenizer.model").read_bytes())
+    at = data.find("▁return".encode())
+    data[at : at + len("▁return".encode())] = "▁nruter".encode()
+    (other / "tokenizer.model").write_bytes(bytes(data))
+    line = refused("--draft_checkpoint_path", other)
+    assert "another tokenizer" in line and "nruter" in line
+    assert Tokenizer(DEMO).difference(Tokenizer(DEMO / "draft")) is None
+
+
+def test_a_draft_of_too_short_a_context(other):
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    assert "a context of 64 tokens, 2" in refused("--draft_checkpoint_path", other)
+    program.main(**vars(program.parser().parse_args(["--draft_checkpoint_path", str(other), "--max_new_tokens", "20"])))
+
+
+def test_no_memory_for_both(monkeypatch):
+    monkeypatch.setattr(program, "free_memory", lambda device: 1_000_000)
+    line = refused("--draft", "int8")
+    assert "needs 0.0 GB" in line and "free" in line and "lookup" in line
+    assert program.memory_of(load_model(DEMO).args, None, torch.bfloat16, 0) == pytest.approx(13.9e6, rel=0.02)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["--many"]:
+        sys.exit("usage: python tests/test_speculative.py --many N")
+    torch.set_num_threads(1)
+    print(check_bundled_pair(int(sys.argv[2]), new=16))
