@@ -51,7 +51,8 @@ def filtered(logits: Tensor, temperature: float, top_k: int | None, top_p: float
     """
     logits, ids = logits.float() / temperature, None
     if top_k or top_p:
-        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # sorted, the likeliest first
+        # the likeliest first, where that matters: sorting takes as long as finding them
+        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), sorted=bool(top_p))
     probs = logits.softmax(-1)
     if top_p:
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
@@ -235,7 +236,7 @@ class GraphedDecode:
             buffers[0].copy_(token)
             buffers[1].copy_(input_pos)
         memory = [b.data_ptr() for b in sample.buffers()] if isinstance(sample, nn.Module) else []
-        key = (token.shape[0], slots.shape[0], model.max_seq_len, *memory)  # what is reallocated needs a new graph
+        key = (token.shape[0], slots.shape[0], model.max_batch_size, model.max_seq_len, *memory)  # what is reallocated
         if key not in self.graphs:
             self.graphs[key] = self.capture(model, buffers, slots, sample)
         self.graphs[key].replay()
