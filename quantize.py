@@ -56,17 +56,15 @@ class QuantLinear(nn.Module):
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Float weight [(E,) out, in] -> the stored tensors. ValueError where a weight is NaN or infinite."""
-        rows = max(1, QUANTIZE_AT_ONCE // self.in_features)
-        stored = {
-            name: torch.empty(*self.lead, *shape, dtype=dtype, device=weight.device)
-            for name, (shape, dtype) in self.layout().items()
-        }
+        N, rows, stored = weight.shape[-2], max(1, QUANTIZE_AT_ONCE // weight.shape[-1]), {}
         for e in range(self.n_experts or 1):
-            for first in range(0, self.out_features, rows):  # and filled in place: of a head, a second copy is much
+            for first in range(0, N, rows):  # and filled in place: of a head, a second copy is much
                 at = (e, slice(first, first + rows)) if self.n_experts else slice(first, first + rows)
                 if not bool(weight[at].isfinite().all()):
                     raise ValueError("holds NaN or infinite values and cannot be quantized")
                 for name, value in self.quantize_matrix(weight[at].float()).items():
+                    if name not in stored:
+                        stored[name] = value.new_empty(*self.lead, N, *value.shape[1:])
                     stored[name][at] = value
         return stored
 
