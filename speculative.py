@@ -9,7 +9,7 @@ accepted tokens are overwritten before anything attends to them.
 
 The file imports nothing of the repository. A model is a callable (tokens [B, T], input_pos [B, T], slots) -> logits
 [B, T, V] with `features` and `logits`, its two halves; a sampler has `temperature`, `seen`, `draw` and `verify` (see
-generate.Sampler). Shapes: B rows, k proposed tokens, T = k + 1 verified ones, V vocab.
+sampling.Sampler). Shapes: B rows, k proposed tokens, T = k + 1 verified ones, V vocab.
 
 Sources: speculative sampling (arXiv 2211.17192, 2302.01318); prompt lookup decoding (github.com/apoorvumang).
 """
@@ -68,7 +68,7 @@ def accept(
     # p and q alike but for rounding leave nothing, at odds of 1e-7; then p itself is the distribution.
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, after)
     noise = torch.empty_like(rest).exponential_() if noise is None else noise
-    drawn = (rest / noise.clamp_min(1e-20)).argmax(-1, keepdim=True)  # an exponential race, as in generate.sample
+    drawn = (rest / noise.clamp_min(1e-20)).argmax(-1, keepdim=True)  # an exponential race, as in sampling.sample
     return kept_and_next(draft_tokens, count, drawn)
 
 

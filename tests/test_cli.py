@@ -147,6 +147,11 @@ def test_bad_argument(cli, arguments, words):
     is_one_line_error(cli(*arguments), *words)
 
 
+def test_compile_without_a_compiler(cli, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    is_one_line_error(cli("--compile", "--device", "cpu"), "--compile", "no-such-compiler", "CXX")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(cli):
     is_one_line_error(cli("--device", "cuda"), "--device cuda", "not available", "available: cpu")

@@ -1,0 +1,162 @@
+"""From logits to a token: temperature, top-k, top-p, min-p, repetition penalty; without a host round trip.
+
+    python -c "import torch, sampling; print(sampling.sample(torch.randn(3, 100), temperature=0.8, top_k=5))"
+
+`sample` is the rule, `Sampler` the rule with its settings and with what it has to remember; under tensor parallelism
+and speculation it draws from the same distribution.
+
+Sources: top-p: arXiv 1904.09751, min-p: 2407.01082, repetition penalty: 1909.05858; drawing without a cumulative sum is
+an exponential race (https://en.wikipedia.org/wiki/Exponential_distribution).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import tp
+from speculative import accept, accept_greedy
+
+
+def filtered(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None):
+    """Logits [B, V] -> (weights float32 [B, n], ids [B, n] or None for all n = V in their order).
+
+    The weights are probabilities but for a common factor. Filters apply in Hugging Face's order: temperature, top-k,
+    top-p (the smallest set of tokens whose probability reaches top_p), min-p (at least min_p times the likeliest's).
+    """
+    logits, ids = logits.float() / temperature, None
+    if top_k or top_p:
+        # the likeliest first, where that matters: sorting takes as long as finding them
+        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), sorted=bool(top_p))
+    probs = logits.softmax(-1)
+    if top_p:
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+    if min_p:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+    return probs, ids
+
+
+def probabilities(logits: Tensor, temperature: float, top_k=None, top_p=None, min_p=None) -> Tensor:
+    """Logits [B, V] -> the distribution that `sample` draws from: float32 [B, V]. temperature above 0."""
+    weights, ids = filtered(logits, temperature, top_k, top_p, min_p)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights if ids is None else torch.zeros(logits.shape, device=logits.device).scatter(-1, ids, weights)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Logits [B, V] -> token ids int64 [B, 1]; probabilities in float32, no host synchronisation.
+
+    temperature 0 is argmax; the filters are those of `filtered`. noise: exponential, float32 [B, V], where it must not
+    be drawn here.
+    """
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    weights, ids = filtered(logits, temperature, top_k, top_p, min_p)
+    choice = race(weights, noise)
+    return choice if ids is None else ids.gather(-1, choice)
+
+
+def race(weights: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Draw an index of each row with probability proportional to its weight: [B, n] -> int64 [B, 1]."""
+    # The first of V exponential clocks with rates p rings at i with probability p_i. Noise of 0 would ring any token.
+    noise = torch.empty_like(weights).exponential_() if noise is None else noise[:, : weights.shape[-1]]
+    noise = noise.clamp_min(1e-20)
+    return (weights / noise).argmax(-1, keepdim=True)
+
+
+class Sampler(nn.Module):
+    """`sample` with its settings, and the repetition penalty, which has to remember the tokens of each row."""
+
+    def __init__(self, temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
+        super().__init__()
+        for ok, name, value, limit in (
+            (temperature >= 0, "temperature", temperature, "at least 0 (0 is greedy)"),
+            (top_k is None or top_k >= 1, "top_k", top_k, "at least 1"),
+            (top_p is None or 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1 (1 keeps every token)"),
+            (min_p is None or 0 <= min_p < 1, "min_p", min_p, "at least 0 and below 1 (0 keeps every token)"),
+            (repetition_penalty > 0, "repetition_penalty", repetition_penalty, "above 0 (1 is none)"),
+        ):
+            if not ok:
+                raise ValueError(f"--{name} {value}: it must be {limit}")
+        self.temperature, self.top_k, self.min_p = temperature, top_k, min_p
+        self.top_p = None if top_p == 1 else top_p
+        self.penalty = repetition_penalty
+        self.register_buffer("seen", None, persistent=False)  # bool [B, V]
+        self.part: tp.ShardedLogits | None = None
+
+    def shard(self, model: nn.Module) -> None:
+        """Where the model is sharded, sample from this rank's part of the logits, which it then no longer gathers."""
+        if isinstance(model.logits, tp.ShardedLogits):
+            self.part, model.logits.local = model.logits, True
+
+    def reset(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
+        """Start a generation: the prompts' tokens count as seen."""
+        if self.penalty == 1:
+            return
+        if self.seen is None or self.seen.shape[0] != len(prompts):
+            width = vocab_size + (self.part.width if self.part else 0)  # parts are padded beyond the end
+            self.seen = torch.zeros(len(prompts), width, dtype=torch.bool, device=device)
+        self.seen.zero_()  # in place: a captured graph reads this memory
+        for row, prompt in zip(self.seen, prompts, strict=True):
+            row[torch.tensor(prompt, device=device)] = True
+
+    def penalized(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """Logits with the repetition penalty where `seen` (bool, of the same shape) is true; float32."""
+        logits = logits.float()
+        return torch.where(seen, torch.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits [B, V] -> token ids [B, 1]."""
+        if self.penalty != 1:
+            seen = self.seen[:, self.part.start :][:, : self.part.width] if self.part else self.seen
+            logits = self.penalized(logits, seen)
+        rule = (self.temperature, self.top_k, self.top_p, self.min_p)
+        if self.part is None:
+            token = sample(logits, *rule)
+        else:
+            token = tp.sample_shard(
+                lambda values, noise: sample(values, *rule, noise),
+                logits, self.part.start, self.temperature, self.top_k, bool(self.top_p or self.min_p),
+            )  # fmt: skip
+        if self.penalty != 1:
+            self.seen.scatter_(1, token, True)
+        return token
+
+    def draw(self, logits: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A draft's logits [B, V'] -> (token ids [B, 1], the distribution they come from; None if greedy).
+
+        seen: a copy of this sampler's memory, to which the tokens are added; None without a penalty.
+        """
+        if seen is not None:
+            logits = self.penalized(logits, seen[:, : logits.shape[-1]])
+        if self.temperature == 0:
+            token, probs = logits.argmax(-1, keepdim=True), None
+        else:
+            probs = probabilities(logits, self.temperature, self.top_k, self.top_p, self.min_p)
+            token = race(probs)
+        if seen is not None:
+            seen.scatter_(1, token, True)
+        return token, probs
+
+    def verify(self, logits: Tensor, proposed: Tensor, probs: Tensor | None) -> Tensor:
+        """The target's logits [B, k + 1, V] at proposed [B, k], drawn from probs -> tokens [B, k + 1] as `accept`."""
+        if self.penalty != 1:  # each position has seen the proposals before it, too
+            seen = [self.seen]
+            for token in proposed.split(1, 1):
+                seen.append(seen[-1].scatter(1, token, True))
+            logits = self.penalized(logits, torch.stack(seen, 1))
+        if self.temperature == 0:
+            tokens = accept_greedy(logits.argmax(-1), proposed)
+        else:
+            target = probabilities(logits.flatten(0, 1), self.temperature, self.top_k, self.top_p, self.min_p)
+            tokens = accept(target.view(logits.shape), probs, proposed)
+        if self.penalty != 1:
+            self.seen.scatter_(1, torch.where(tokens < 0, tokens[:, :1], tokens), True)
+        return tokens
