@@ -28,7 +28,7 @@ MODES = ("int8", "int4", "fp8")
 METHODS = ("rtn", "hqq", "gptq")
 GROUPSIZES = (32, 64, 128)
 RECIPE_FIELDS = {"mode", "groupsize", "method", "skip", "groupsizes"}
-QUANTIZE_AT_ONCE = 1 << 24  # weights: rows are independent, and float32 copies of a whole head are gigabytes
+QUANTIZE_AT_ONCE = 1 << 22  # weights: rows are independent, and float32 copies of a whole head are gigabytes
 FP8 = torch.float8_e4m3fn
 
 

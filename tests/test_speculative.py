@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for --many; pytest has it 
 
 import benchmark  # noqa: E402
 import generate as program  # noqa: E402
+import sampling  # noqa: E402
 import speculative  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from generate import Sampler, compile_decode, complete, fill, generate, graph_slots, warm_up  # noqa: E402
@@ -429,7 +430,7 @@ def test_three_sampled_tokens_have_the_targets_distribution(proposer):
     with torch.no_grad():
         for length in range(3):
             stems = [()] if length == 0 else list(exact)
-            probs = program.probabilities(model(torch.tensor([prompt + list(s) for s in stems]))[:, -1], **settings)
+            probs = sampling.probabilities(model(torch.tensor([prompt + list(s) for s in stems]))[:, -1], **settings)
             exact = {(*s, t): exact.get(s, 1.0) * row[t].item() for s, row in zip(stems, probs, strict=True)
                      for t in row.nonzero()[:, 0].tolist()}  # fmt: skip
     assert len(exact) == 27 and abs(sum(exact.values()) - 1) < 1e-5
