@@ -321,7 +321,10 @@ def pick_device(name: str | None) -> torch.device:
     try:
         if name.partition(":")[0] not in ("cuda", "mps", "cpu"):
             raise ValueError(f"--device {name}: not known; known: cuda, cuda:N, mps, cpu")
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)  # kernels run on the current one
+        return device
     except (RuntimeError, AssertionError):  # a build without CUDA asserts
         raise ValueError(f"--device {name}: not available on this machine") from None
 

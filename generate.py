@@ -92,10 +92,12 @@ class GraphedDecode:
             buffers[0].copy_(token)
             buffers[1].copy_(input_pos)
         memory = [b.data_ptr() for b in sample.buffers()] if isinstance(sample, nn.Module) else []
-        key = (token.shape[0], slots.shape[0], model.max_batch_size, model.max_seq_len, *memory)  # what is reallocated
+        # What is reallocated needs a new graph, and so do another model and sampler, which are kept for their ids.
+        sizes = (token.shape[0], slots.shape[0], model.max_batch_size, model.max_seq_len)
+        key = (id(model), id(sample), *sizes, *memory)
         if key not in self.graphs:
-            self.graphs[key] = self.capture(model, buffers, slots, sample)
-        self.graphs[key].replay()
+            self.graphs[key] = self.capture(model, buffers, slots, sample), model, sample
+        self.graphs[key][0].replay()
         return buffers
 
     def capture(self, model, buffers, slots, sample) -> torch.cuda.CUDAGraph:
@@ -145,7 +147,7 @@ class GraphedPrefill:
             last = torch.cat([torch.arange(T), torch.full((size - T,), T - 1)]).to(tokens.device)
             tokens, input_pos = tokens[:, last], input_pos[:, last]
             slots = slots_for(model, T) if slots.shape[0] == 0 else slots
-        key = (B, size, slots.shape[0], model.max_batch_size, model.max_seq_len)
+        key = (id(model), B, size, slots.shape[0], model.max_batch_size, model.max_seq_len)
         if key not in self.graphs:
             self.graphs[key] = None
             return prefill(model, tokens, input_pos, slots)
@@ -153,8 +155,8 @@ class GraphedPrefill:
             buffers, graph = (tokens.clone(), input_pos.clone()), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 logits = prefill(model, *buffers, slots)
-            self.graphs[key] = graph, buffers, logits
-        graph, buffers, logits = self.graphs[key]
+            self.graphs[key] = graph, buffers, logits, model
+        graph, buffers, logits, _ = self.graphs[key]
         buffers[0].copy_(tokens)
         buffers[1].copy_(input_pos)
         graph.replay()
@@ -227,7 +229,8 @@ def generate(
                 return
         return
 
-    if ranks and isinstance(sample, Sampler) and sample.temperature and sample.part is None:
+    alone = ranks and isinstance(sample, Sampler) and sample.part is None
+    if alone and (model.logits.local or (sample.temperature and not sample.same_noise)):
         raise ValueError("of a sharded model each rank would draw its own tokens: call sampler.shard(model) before")
     running = torch.ones(len(prompts), dtype=torch.bool)
     stops = torch.tensor(stop_ids, dtype=torch.int64)
@@ -424,6 +427,8 @@ def pick_device(name: str | None) -> torch.device:
     if int(index or 0) >= counts[kind]:
         there = ", ".join(f"{k} ({n})" for k, n in counts.items() if n)
         raise ValueError(f"--device {name}: not available on this machine; available: {there}")
+    if index:
+        torch.cuda.set_device(int(index))  # kernels and graphs run on the current one
     return torch.device(name)
 
 
@@ -489,6 +494,7 @@ def load_draft(model: Transformer, directory: Path, draft_path: str | None, draf
                              "give fewer --max_new_tokens, a shorter prompt or (in a chat) a smaller --max_seq_len")
     recipe = make_recipe(draft) if draft else None
     need = memory_of(args, recipe or stored, dtype or model.tok_embeddings.weight.dtype, context)
+    need //= tp.current().world if tp.current() else 1
     free = free_memory(device)
     if free is not None and need > free:
         raise ValueError(f"{source}: the draft needs {need / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are "
@@ -664,13 +670,16 @@ def main(
         min_p,
         repetition_penalty,
     ).to(device)
+    sampler.same_noise = k is not None
     args, _ = read_config(directory)
     tokenizer = Tokenizer(directory)
 
     prompts = [] if interactive else [tokenizer.encode(p) for p in prompt or ["def fibonacci(n):"]]
     shortest, longest = min(map(len, prompts), default=1), max(map(len, prompts), default=0)
-    context = min(args.max_seq_len, max_seq_len or (CHAT_CONTEXT if interactive else longest + max_new_tokens))
-    check_lengths(shortest, longest, max_new_tokens, context if max_seq_len or interactive else args.max_seq_len)
+    wanted = CHAT_CONTEXT if interactive else longest + max_new_tokens
+    context = min(args.max_seq_len, wanted if max_seq_len is None else max_seq_len)
+    own_limit = max_seq_len is None and not interactive
+    check_lengths(shortest, longest, max_new_tokens, args.max_seq_len if own_limit else context)
 
     begin = time.perf_counter()
     model = load_model(directory, device, dtype, recipe)

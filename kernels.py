@@ -17,6 +17,7 @@ integers into floats by their bits rather than by conversion instructions: "Who 
 
 import functools
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -48,6 +49,9 @@ def _find_triton() -> bool:
             return False
         if torch.cuda.get_device_capability() < (8, 0):
             print("kernels: this GPU is older than compute capability 8.0, plain PyTorch runs instead", file=sys.stderr)
+            return False
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            print("kernels: Triton needs a C compiler (gcc or clang), plain PyTorch runs instead", file=sys.stderr)
             return False
     try:
         import triton  # noqa: F401
@@ -153,32 +157,42 @@ KINDS = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 @functools.cache
+def _has_fp8(device: torch.device) -> bool:
+    """Whether Triton can convert e4m3 on a GPU."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@functools.cache
 def _overlaps(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it ends: programmatic dependent launch, since Hopper."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> Tensor:
-    """The operator hotloop::linear: `linear_reference` in one kernel, for up to 16 rows."""
+    """The operator hotloop::linear: `linear_reference` in one kernel, for up to 16 rows (in two for two of int4)."""
     K = x.shape[-1]
     M, N = x.numel() // K, weight.shape[0] // (2 if activation else 1)
-    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     kind = KINDS.get(weight.dtype, "float")
+    no_fp8 = kind == "fp8" and x.dtype != torch.bfloat16 and x.is_cuda and not _has_fp8(x.device)
+    if not use_triton(x) or (no_fp8 and M > 1):  # the model has moved to a CPU; Triton converts fp8 since Ada only
+        return linear_reference(x, weight, scale, bias, norm, residual, eps, offset, activation)
     if kind == "int4" and M == 2:  # one after the other takes two thirds of what the tensor cores take
         rows = [x.view(2, K), [None] * 2 if residual is None else residual.view(2, N)]
         each = [_linear(v, weight, scale, bias, norm, r, eps, offset, activation) for v, r in zip(*rows, strict=True)]
-        return torch.stack(each).view(y.shape)
+        return torch.stack(each).view(*x.shape[:-1], N)
+    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     group = K // scale.shape[1] if kind == "int4" else 0
     overlap = _overlaps(x.device)
     settings = dict(KIND=kind, GROUP=group, ACTIVATION=activation, OVERLAP=overlap, launch_pdl=overlap)
-    if M == 1:
-        warps, rows, stages = next(c for limit, c in CONFIGS[kind].items() if limit >= min(K, 32768))
+    if M == 1 and K <= max(CONFIGS[kind]) and (kind == "float" or K % 4 == 0):  # in words, and K in registers
+        warps, rows, stages = next(c for limit, c in CONFIGS[kind].items() if limit >= K)
         rows = max(1, rows // 2) if activation else rows
         words = weight if kind == "float" else weight.view(torch.int32)
+        packed = x.dtype == torch.bfloat16 and (norm is None or norm.dtype == torch.bfloat16)
         arguments = (x, words, scale, bias, norm, residual, y, N, K, eps, offset)
         settings |= dict(
-            EXACT=x.dtype == torch.float32, PACKED=x.dtype == torch.bfloat16, BN=rows, BK=1 << (K - 1).bit_length(),
-            STAGES=stages, num_warps=warps,
+            EXACT=x.dtype == torch.float32, PACKED=packed, BN=rows, BK=1 << (K - 1).bit_length(), STAGES=stages,
+            num_warps=warps,
         )  # fmt: skip
         kernel, tiles, BM = _triton().gemv, -(-N // rows), 1
     else:
@@ -191,7 +205,8 @@ def _linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> 
         tricks = x.dtype == torch.bfloat16 and x.is_cuda
         settings |= dict(BM=BM, BN=BN, BK=group or BK, STAGES=stages, TRICKS=tricks, num_warps=warps)
         kernel, tiles = _triton().small, -(-weight.shape[0] // BN) * -(-K // (group or BK))
-    key = (x.device, x.dtype, BM, kind, N, K, group, activation, bias is None, norm is None, residual is None)
+    dtypes = [t if t is None else t.dtype for t in (x, bias, norm, residual)]
+    key = (x.device, BM, kind, N, K, group, activation, *dtypes)
     if key not in _programs:
         compiled = kernel.warmup(*arguments, **settings, grid=(1,)) if x.is_cuda else None
         _programs[key] = programs_for(compiled, tiles, x.device)
@@ -244,18 +259,21 @@ ATTEND_ROWS = 64  # new tokens times query heads a kv head, at most
 
 def _attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, scale, softcap, window, eps, offset):
     """The operator hotloop::attend, see FusedAttention. Mutates the caches; `count` is zero before and after."""
-    qkv, pos = qkv.contiguous(), pos.contiguous()
     B, T = qkv.shape[:2]
+    # The kernel reads positions before it waits for the kernel before it. Those of one token are as old as the step;
+    # others may have just been computed, or copied here.
+    overlap = _overlaps(qkv.device) and T == 1 and pos.is_contiguous()
+    qkv, pos = qkv.contiguous(), pos.contiguous()
     K, S, D = k_cache.shape[1:]
     rows, new = (max(16, 1 << (n - 1).bit_length()) for n in (group * T, T))  # tl.dot wants 16
     # Enough programs to fill the GPU at long contexts; those with nothing to do at a short one return at once.
     splits = max(1, min(64, 264 // (B * K), -(-S // ATTEND_BLOCK)))
     y = torch.empty(B, T, K * group * D, dtype=qkv.dtype, device=qkv.device)
     part = torch.empty(B * K * splits * rows * (D + 2), device=qkv.device)
-    overlap = _overlaps(qkv.device)
     _triton().attend[(B * K, splits)](
         qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, S, T, scale, softcap, eps, offset, window,
-        K=K, G=group, R=rows, TP=new, D=D, SPLITS=splits, SP=1 << (splits - 1).bit_length(), BS=ATTEND_BLOCK,
+        K=K, G=group, R=rows, TP=new, D=D, SPLITS=splits, SP=1 << (splits - 1).bit_length(),
+        BS=min(ATTEND_BLOCK, 32) if D > 128 else ATTEND_BLOCK,
         SOFTCAP=softcap > 0, WINDOW=window > 0, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         OVERLAP=overlap, num_warps=4 if rows * D <= 2048 else 8, launch_pdl=overlap,
     )  # fmt: skip
@@ -354,7 +372,7 @@ class FusedAttention(nn.Module):
         self.register_buffer("count", torch.zeros(4096, dtype=torch.int32, device=device), persistent=False)
 
     def forward(self, qkv: Tensor, rope, input_pos: Tensor, slots: Tensor | None) -> Tensor:
-        if slots is None or qkv.shape[1] * self.group > ATTEND_ROWS:
+        if slots is None or qkv.shape[1] * self.group > ATTEND_ROWS or not use_triton(qkv):
             return self.any_length(qkv, rope, input_pos, slots)
         norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
         eps, offset = (0.0, 0.0) if self.q_norm is None else (self.q_norm.eps, self.q_norm.offset)
@@ -374,7 +392,9 @@ def fuse(model: nn.Module) -> None:
         return
     _triton()  # registers the operators, which torch.compile must not do
     for layer in model.layers:
-        layer.attention = FusedAttention(layer.attention, model.tok_embeddings.weight.device)
+        D = layer.attention.head_dim
+        if D >= 32 and D & (D - 1) == 0:  # a tile's sides are powers of two
+            layer.attention = FusedAttention(layer.attention, model.tok_embeddings.weight.device)
         layer.qkv = FusedNormLinear(layer.qkv)
         if layer.out.post_norm is None:
             layer.out = FusedLinearResidual(layer.out)
@@ -412,7 +432,8 @@ def _triton() -> SimpleNamespace:
     @triton.jit
     def wait_for_input(OVERLAP: tl.constexpr):
         """Programmatic dependent launch: until here, the kernel before this one may still run; from here on, the next
-        one may start. Whatever was written two kernels ago is complete even before this.
+        one may start. What was written two kernels ago is complete even before this, because the kernel in between
+        either waited like this before it let this one start, or is none of ours, which let nothing start early.
         """
         if OVERLAP:
             cuda.gdc_wait()

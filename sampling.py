@@ -90,6 +90,7 @@ class Sampler(nn.Module):
         self.penalty = repetition_penalty
         self.register_buffer("seen", None, persistent=False)  # bool [B, V]
         self.part: tp.ShardedLogits | None = None
+        self.same_noise = False  # whether all ranks draw the same numbers, and so need no part
 
     def shard(self, model: nn.Module) -> None:
         """Where the model is sharded, sample from this rank's part of the logits, which it then no longer gathers."""

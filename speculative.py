@@ -420,7 +420,7 @@ class Speculation:
         vocab = model.args.vocab_size if self.draft is None else min(model.args.vocab_size, self.draft.args.vocab_size)
         s.make(k, None if self.draft is None or sampler.temperature == 0 else vocab)
         memory = [] if sampler.seen is None else [sampler.seen]
-        key = (k, len(s.token), *(m.data_ptr() for m in memory), s.out[k].data_ptr())
+        key = (k, id(sampler), len(s.token), *(m.data_ptr() for m in memory), s.out[k].data_ptr())
         if self.draft is None:
             real = [p is not None for p in proposals]
             s.proposed[k].copy_(torch.tensor([p or [0] * k for p in proposals]), non_blocking=True)

@@ -113,6 +113,7 @@ def edit_config(directory: Path, **changes) -> None:
         (["--max_new_tokens", "4096"], ["context of 4096", "fewer"]),
         (["--max_new_tokens", "30", "--max_seq_len", "32"], ["context of 32"]),
         (["--max_seq_len", "-1"], ["context"]),
+        (["--max_seq_len", "0"], ["context of 0"]),
         (["--prompt", "x = 1\n" * 2000], ["context of 4096", "shorten the prompt"]),
         (["--temperature", "-0.1"], ["--temperature -0.1"]),
         (["--temperature", "nan"], ["--temperature nan"]),

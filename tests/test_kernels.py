@@ -101,6 +101,37 @@ else:
             assert relative(y, expected) < 2.0 ** (-8 if GPU and M == 1 else -7)  # normalized rows are rounded to bf16,
             # and the interpreter truncates to it
 
+    def test_norms_of_another_dtype_than_the_rows():
+        x, w, norm = (
+            torch.randn(1, 384, device=DEVICE).bfloat16(),
+            stored("int8", 37, 384, 0),
+            torch.rand(384, device=DEVICE),
+        )
+        kernels._triton()
+        y = torch.ops.hotloop.linear(x, *w, None, norm, None, 1e-5, 0.0, "")
+        expected = F.rms_norm(x.double(), (384,), norm.double(), 1e-5) @ kernels.dequantize(*w).double().T
+        assert relative(y, expected) < 2.0**-7
+
+    @pytest.mark.parametrize("K", [66, 1 << 16])
+    def test_columns_that_do_not_fit_in_words_or_registers(K):
+        x, w = torch.randn(1, K, device=DEVICE), stored("int8", 5, K, 0)
+        expected = kernels.linear_reference(x.double(), kernels.dequantize(*w).double())
+        assert relative(kernels.linear(x, *w), expected) < 5e-6
+
+    @pytest.mark.parametrize("head_dim", [16, 48, 80])
+    def test_heads_whose_size_is_no_power_of_two_keep_plain_attention(head_dim):
+        args = m.ModelArgs(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=head_dim, hidden_dim=64, vocab_size=9,
+                           max_seq_len=32)  # fmt: skip
+        model = m.Transformer(args).to(DEVICE).requires_grad_(False)
+        kernels.fuse(model)
+        assert type(model.layers[0].attention) is m.Attention
+        model.setup_caches(1, 8)
+        assert (
+            model(torch.ones(1, 3, dtype=torch.int64, device=DEVICE), torch.arange(3, device=DEVICE)[None])
+            .isfinite()
+            .all()
+        )
+
     def test_scales_and_zeros_in_one_word():
         scale, zero = torch.randn(2, 5, 3, device=DEVICE).half()
         again = kernels.split_scales(kernels.join_scales(scale, zero))
