@@ -64,7 +64,8 @@ class Ranks:
         self.rank, self.world, self.local_rank = rank, world, local_rank
         self.mode = all_reduce
         self.one_shot: dict[torch.dtype, Tensor] = {}  # symmetric buffers of the dtypes for which they pay
-        self.control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        with ended_by_signals():
+            self.control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         self.library = _register_operators()
         self.lifeline = Lifeline(self)
 
@@ -144,6 +145,22 @@ def under_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
 
 
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end the process at once: it may wait in here for ranks that will never come, where Python's
+    handlers are not reached and the launcher would kill it only after half a minute.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def init_dist(all_reduce: str = "auto") -> Ranks | None:
     """Join the other ranks, by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; None where there are none.
 
@@ -159,7 +176,8 @@ def init_dist(all_reduce: str = "auto") -> Ranks | None:
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
+    with ended_by_signals():
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
     _ranks = Ranks(rank, world, int(os.environ.get("LOCAL_RANK", rank)), all_reduce)
     return _ranks
 

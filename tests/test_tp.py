@@ -561,8 +561,9 @@ def test_bad_input_is_one_line_of_rank_0(name, line, runs):
 
 def test_interrupt_ends_everything(runs):
     run = runs("interrupt")
-    assert run.rc != 0 and not run.lines and run.seconds < 20
-    assert set(run.codes.values()) <= {"130"}, run.err
+    assert run.rc != 0 and not run.lines and run.seconds < 60, run.err
+    # -2: while they were still finding one another
+    assert set(run.codes.values()) <= {"130", "-2"}, run.err
 
 
 def test_more_ranks_than_gpus(monkeypatch):
