@@ -14,7 +14,6 @@ import datetime
 import itertools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -50,6 +49,7 @@ from generate import (
 from kernels import read_sum
 from model import ModelArgs, Transformer
 from speculative import MAX_K, Speculation, compile_step, kept_and_next
+from tables import fill_tables, one_gpu, read_rows
 from tokenizer import Tokenizer
 
 # What the README's table of perplexities compares: (mode, groupsize, method).
@@ -370,58 +370,6 @@ def circumstances(device: torch.device) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------- the README's tables
-def read_rows(file: Path | None = None) -> list[dict]:
-    """The rows of a file (None: those recorded), the oldest first; none where the file is not there yet."""
-    file = file or RESULTS
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.exists() else []
-
-
-def table(header: str, rows: list[str]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
-    return "\n".join([f"| {header} |", "|---" + "|--:" * header.count("|") + "|", *rows])
-
-
-def cells(*values) -> str:
-    """A row of a table from values, or (value, format) pairs; None and what a row does not hold are left empty."""
-    pairs = [v if isinstance(v, tuple) else (v, "") for v in values]
-    return "| " + " | ".join("" if v is None else format(v, spec) for v, spec in pairs) + " |"
-
-
-def decode_table(rows: list[dict]) -> str:
-    """A table for each device of the latest row of each model, mode, batch, length and compiled or eager."""
-    same = ("device", "model", "mode", "batch", "prompt_tokens", "new_tokens")
-    rows = [r for r in rows if not r.get("kind") and r.get("ranks", 1) == 1]
-    latest = {(*(r[k] for k in same), r["compile_s"] is None): r for r in rows}
-    header = ("model | mode | batch | tokens in + out | GB of weights | tok/s | step ms | % of read bandwidth | "
-              "first token ms | compile s | commit | torch | date")  # fmt: skip
-    parts = []
-    for device in sorted({key[0] for key in latest}):
-        lines = [
-            cells(r["model"], r["mode"], r["batch"], f"{r['prompt_tokens']} + {r['new_tokens']}",
-                  (r["weights_gb"], ".2f"), (r["tok_s"], ",.1f"), (r["decode_step_ms"], ".3f"),
-                  (r["percent_of_peak_bandwidth"], ".0f"), (1e3 * r["ttft_s"], ",.1f"),
-                  "eager" if r["compile_s"] is None else (r["compile_s"], ".0f"), r["commit"], r["torch"], r["date"])
-            for key, r in sorted(latest.items(), key=lambda pair: pair[0]) if key[0] == device
-        ]  # fmt: skip
-        parts.append(f"**{device}**\n\n{table(header, lines)}")
-    return "\n\n".join(parts)
-
-
-def perplexity_table(rows: list[dict]) -> str:
-    """The latest perplexity of each model and recipe, and its change against the same model in bf16."""
-    rows = [r for r in rows if r.get("kind") == "perplexity"]
-    latest = {tuple(r.get(k) for k in ("model", "mode", "method", "groupsize")): r for r in rows}
-    plain = {r["model"]: r["perplexity"] for r in latest.values() if r["mode"] in ("bf16", "bfloat16")}
-    header = "model | mode | method | group size | MB | perplexity | against bf16 | date"
-    lines = []
-    for r in latest.values():
-        change = r["perplexity"] / plain[r["model"]] - 1 if r["model"] in plain else None
-        lines.append(cells(r["model"], r["mode"], r.get("method"), r.get("groupsize"), (r["size_mb"], ".1f"),
-                           (r["perplexity"], ".4f"), (change, "+.2%"), r["date"]))  # fmt: skip
-    return table(header, lines) if lines else ""
-
-
 def measure_perplexities(checkpoint_path: str, device: torch.device) -> Iterator[dict]:
     """Perplexity of a checkpoint on the bundled held-out text, in bf16 and by each of RECIPES; a row each.
 
@@ -449,36 +397,6 @@ def measure_perplexities(checkpoint_path: str, device: torch.device) -> Iterator
                "tokens": figures["tokens"], **circumstances(device)}  # fmt: skip
 
 
-def one_gpu(row: dict, rows: list[dict]) -> dict | None:
-    """The latest row that differs from a row of several ranks only in being of one."""
-    same = ("device", "model", "mode", "batch", "prompt_tokens", "new_tokens")
-    found = [r for r in rows if not r.get("kind") and r.get("ranks", 1) == 1 and all(r[k] == row[k] for k in same)
-             and (r["compile_s"] is None) == (row["compile_s"] is None)]  # fmt: skip
-    return found[-1] if found else None
-
-
-def scaling_table(rows: list[dict]) -> str:
-    """The latest row of several ranks of each model, mode, batch and number of ranks, against one GPU."""
-    keys = ("device", "model", "mode", "batch", "prompt_tokens", "new_tokens", "ranks")
-    latest = {tuple(r[k] for k in keys): r for r in rows if r.get("ranks", 1) > 1}
-    header = ("model | mode | batch | ranks | GB a rank | tok/s | step ms | against one | all-reduce | µs each | "
-              "% of the step | % of read bandwidth | commit | torch | date")  # fmt: skip
-    parts = []
-    for device in sorted({key[0] for key in latest}):
-        lines = []
-        for key, r in sorted(latest.items(), key=lambda pair: pair[0]):
-            if key[0] == device:
-                alone = one_gpu(r, rows)
-                gain = r["tok_s"] / alone["tok_s"] if alone else None
-                lines.append(cells(
-                    r["model"], r["mode"], r["batch"], r["ranks"], (r["weights_gb"], ".2f"), (r["tok_s"], ",.1f"),
-                    (r["decode_step_ms"], ".3f"), (gain, ".2f"), r["all_reduce"], (r["all_reduce_us"], ".1f"),
-                    (r["percent_communication"], ".0f"), (r["percent_of_peak_bandwidth"], ".0f"), r["commit"],
-                    r["torch"], r["date"]))  # fmt: skip
-        parts.append(f"**{device}**\n\n{table(header, lines)}")
-    return "\n\n".join(parts)
-
-
 def speculation_lines(row: dict) -> str:
     """A row of measure_speculation for people."""
     forced = " (simulated)" if row["simulated_acceptance"] is not None else ""
@@ -490,44 +408,6 @@ def speculation_lines(row: dict) -> str:
         "  a forward of 5 tokens costs {verify_cost_5:.2f} times one of 1, of 8 {verify_cost_8:.2f} times",
     )
     return "\n".join(lines).format(forced=forced, **row)
-
-
-def speculation_table(rows: list[dict]) -> str:
-    """The latest row of each pair of target and draft, k and acceptance; one that was forced is called so."""
-    rows = [r for r in rows if r.get("kind") == "speculation"]
-    same = ("device", "model", "mode", "draft", "k", "simulated_acceptance", "batch")
-    latest = {tuple(r[key] for key in same): r for r in rows}
-    header = ("model | mode | draft | k | acceptance | tokens a step | plain tok/s | tok/s | speed-up | verify 5 | "
-              "verify 8 | other ms | device | commit | torch | date")  # fmt: skip
-    lines = []
-    for r in latest.values():
-        forced = r["simulated_acceptance"] is not None
-        share = f"{r['simulated_acceptance']:.0%}, simulated" if forced else f"{r['acceptance']:.0%}"
-        lines.append(cells(r["model"], r["mode"], r["draft"], r["k"], share, (r["tokens_per_step"], ".2f"),
-                           (r["plain_tok_s"], ",.1f"), (r["tok_s"], ",.1f"), (r["speedup"], ".2f"),
-                           *((r.get(key), ".2f") for key in ("verify_cost_5", "verify_cost_8", "other_ms")),
-                           r["device"], r["commit"], r["torch"], r["date"]))  # fmt: skip
-    return table(header, lines) if lines else ""
-
-
-TABLES = {
-    "decode": decode_table,
-    "scaling": scaling_table,
-    "perplexity": perplexity_table,
-    "speculation": speculation_table,
-}
-
-
-def fill_tables(text: str, rows: list[dict]) -> str:
-    """`text` with what stands between each `<!-- table:NAME -->` and `<!-- end -->` made anew from the rows."""
-
-    def fill(match: re.Match) -> str:
-        if match[1] not in TABLES:
-            raise ValueError(f"{match[0].splitlines()[0]}: no such table; known: {', '.join(TABLES)}")
-        body = TABLES[match[1]](rows) or "No measurements recorded yet."
-        return f"<!-- table:{match[1]} -->\n{body}\n<!-- end -->"
-
-    return re.sub(r"<!-- table:(.*?) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def main(
@@ -556,7 +436,7 @@ def main(
     all_reduce: str = "auto",
 ) -> None:
     if readme:
-        README.write_text(fill_tables(README.read_text(), read_rows()))
+        README.write_text(fill_tables(README.read_text(), read_rows(RESULTS)))
         return
     ranks = tp.init_dist(all_reduce)
     if not 1 <= speculate_k <= MAX_K:
@@ -643,7 +523,7 @@ def main(
               f"{row['compile_s'] or 0:>11.1f}{row['peak_memory_gb']:>9.2f}", end="" if ranks else "\n",
               flush=True)  # fmt: skip
         if ranks:
-            alone = one_gpu(row, read_rows())
+            alone = one_gpu(row, read_rows(RESULTS))
             gain = f"{row['tok_s'] / alone['tok_s']:>10.2f}x" if alone else f"{'-':>11}"
             print(f"{ranks.world:>7}{row['all_reduce_us']:>13.1f}{row['percent_communication'] or 0:>8.1f}%{gain}  "
                   f"{row['all_reduce']}", flush=True)  # fmt: skip

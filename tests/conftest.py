@@ -33,3 +33,16 @@ def tiny():
         return model.requires_grad_(False).eval()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads wait for each other where cores are shared, and so small a model gains little from them."""
+    threads, before = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for processes of their own
+    yield
+    torch.set_num_threads(threads)
+    os.environ.pop("OMP_NUM_THREADS")
+    if before is not None:
+        os.environ["OMP_NUM_THREADS"] = before

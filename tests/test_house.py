@@ -29,6 +29,7 @@ ALLOWED = {
     "quantize": ({"kernels", "kernels_cpu"}, {"checkpoint", "gptq", "tokenizer", "kernels", "kernels_cpu", "model"}),
     "convert_hf_checkpoint": ({"model"}, {"checkpoint"}),
     "checkpoint": ({"model", "quantize", "tp", "convert_hf_checkpoint", "kernels", "kernels_cpu"}, set()),
+    "tables": (set(), set()),
     "sampling": ({"speculative", "tp"}, set()),
     "generate": ({"checkpoint", "tokenizer", "sampling", "speculative", "tp", "model", "quantize"}, set()),
     "eval": ({"checkpoint", "tokenizer", "tp", "model", "generate", "quantize"}, set()),

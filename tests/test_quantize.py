@@ -38,13 +38,7 @@ KINDS = [("int8", None), ("fp8", None), ("int4", 32), ("int4", 64), ("int4", 128
 MOE = dict(n_experts=4, n_experts_per_token=2)  # as in Mixtral
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads wait for each other where cores are shared, and so small a model gains little from them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["cpp", "plain"])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import benchmark
+import tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,9 +65,9 @@ def flags(program: str) -> set[str]:
 
 
 def test_tables_are_made_from_the_recorded_rows():
-    made = benchmark.fill_tables(README, benchmark.read_rows())
+    made = tables.fill_tables(README, tables.read_rows(benchmark.RESULTS))
     assert README == made, "run: python benchmark.py --readme"
-    assert set(re.findall("<!-- table:(.*?) -->", README)) == set(benchmark.TABLES)
+    assert set(re.findall("<!-- table:(.*?) -->", README)) == set(tables.TABLES)
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
@@ -134,16 +135,16 @@ EMPTY = "# T\n<!-- table:decode -->\nold\n<!-- end -->\nkept\n<!-- table:perplex
 
 
 def body(rows: list[dict], name: str) -> str:
-    made = benchmark.fill_tables(EMPTY, rows)
+    made = tables.fill_tables(EMPTY, rows)
     assert made.startswith("# T\n") and "\nkept\n" in made and "old" not in made
-    assert benchmark.fill_tables(made, rows) == made
+    assert tables.fill_tables(made, rows) == made
     return re.search(rf"<!-- table:{name} -->\n(.*?)\n<!-- end -->", made, re.DOTALL)[1]
 
 
 def test_no_rows_make_no_table(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     for file in ("empty.jsonl", "missing.jsonl"):
-        rows = benchmark.read_rows(tmp_path / file)
+        rows = tables.read_rows(tmp_path / file)
         assert body(rows, "decode") == body(rows, "perplexity") == "No measurements recorded yet."
     assert body([SPEED], "perplexity") == body([PERPLEXITY], "decode") == "No measurements recorded yet."
 
@@ -168,7 +169,7 @@ def test_decode_table_shows_the_latest_row_of_each_kind():
 def test_scaling_table_compares_with_one_gpu():
     many = {**SPEED, "ranks": 2, "tok_s": 2000.0, "all_reduce": "nccl", "all_reduce_us": 18.04,
             "percent_communication": 9.9}  # fmt: skip
-    made = benchmark.fill_tables("<!-- table:scaling -->\n<!-- end -->", [SPEED, many, {**many, "mode": "bf16"}])
+    made = tables.fill_tables("<!-- table:scaling -->\n<!-- end -->", [SPEED, many, {**many, "mode": "bf16"}])
     rows = [line.split(" | ") for line in made.splitlines() if line.startswith("| m ")]
     assert [(row[1], row[3], row[5], row[7:11]) for row in rows] == [
         ("bf16", "2", "2,000.0", ["", "nccl", "18.0", "10"]),
@@ -190,7 +191,7 @@ def test_perplexity_table_shows_the_change_against_bf16():
 
 def test_an_unknown_table_is_an_error():
     with pytest.raises(ValueError, match="table:speed.*known: decode, scaling, perplexity"):
-        benchmark.fill_tables("<!-- table:speed -->\n<!-- end -->", [])
+        tables.fill_tables("<!-- table:speed -->\n<!-- end -->", [])
 
 
 def test_readme_flag_writes_the_file(tmp_path, monkeypatch):
@@ -201,4 +202,4 @@ def test_readme_flag_writes_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "RESULTS", rows)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--readme"])
     benchmark.main(**vars(benchmark.parser().parse_args()))
-    assert (tmp_path / "README.md").read_text() == benchmark.fill_tables(EMPTY, [SPEED])
+    assert (tmp_path / "README.md").read_text() == tables.fill_tables(EMPTY, [SPEED])

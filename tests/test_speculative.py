@@ -21,6 +21,7 @@ import benchmark  # noqa: E402
 import generate as program  # noqa: E402
 import sampling  # noqa: E402
 import speculative  # noqa: E402
+import tables  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from generate import Sampler, compile_decode, complete, fill, generate, graph_slots, warm_up  # noqa: E402
 from quantize import make_recipe  # noqa: E402
@@ -31,13 +32,7 @@ DEMO = Path(__file__).parents[1] / "demo"
 DEPTHS = range(1, 9)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A second thread costs such small models more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tokens(n: int, seed: int = 0, vocab: int = 97) -> list[int]:
@@ -576,7 +571,7 @@ def test_benchmark_tells_simulated_rows(tiny):
         assert parts == pytest.approx(figures["step_ms"], rel=0.5)
         row = {"kind": "speculation", "model": "m", "mode": "bf16", "draft": "d", "batch": 1, "device": "D",
                "commit": "c", "torch": "2", "date": "today", **figures}  # fmt: skip
-        for text in (benchmark.speculation_lines(row), benchmark.speculation_table([row])):
+        for text in (benchmark.speculation_lines(row), tables.speculation_table([row])):
             assert ("simulated" in text) == (acceptance is not None)
 
 
