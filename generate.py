@@ -132,7 +132,7 @@ class GraphedPrefill:
     run eagerly: there the device is the slower one, and graphs for every length would take its memory.
     """
 
-    SIZES = range(16, 513)
+    SIZES = range(8, 513)
 
     def __init__(self):
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()

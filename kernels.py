@@ -19,7 +19,7 @@ import functools
 import os
 import shutil
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +168,16 @@ def _overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@functools.cache
+def _kernels_cuda() -> ModuleType | None:
+    """kernels_cuda.py, which is faster on some GPUs; None where this file was copied without it."""
+    try:
+        import kernels_cuda
+    except ImportError:
+        return None
+    return kernels_cuda
+
+
 def _linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> Tensor:
     """The operator hotloop::linear: `linear_reference` in one kernel, for up to 16 rows (in two for two of int4)."""
     K = x.shape[-1]
@@ -176,6 +186,8 @@ def _linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> 
     no_fp8 = kind == "fp8" and x.dtype != torch.bfloat16 and x.is_cuda and not _has_fp8(x.device)
     if not use_triton(x) or (no_fp8 and M > 1):  # the model has moved to a CPU; Triton converts fp8 since Ada only
         return linear_reference(x, weight, scale, bias, norm, residual, eps, offset, activation)
+    if _kernels_cuda() and _kernels_cuda().supports(x, weight, scale, bias, norm, residual):
+        return _kernels_cuda().linear(x, weight, scale, bias, norm, residual, eps, offset, activation)
     if kind == "int4" and M == 2:  # one after the other takes two thirds of what the tensor cores take
         rows = [x.view(2, K), [None] * 2 if residual is None else residual.view(2, N)]
         each = [_linear(v, weight, scale, bias, norm, r, eps, offset, activation) for v, r in zip(*rows, strict=True)]

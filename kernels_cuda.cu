@@ -1,0 +1,458 @@
+// y = x @ W.T for one to eight rows of x, on Hopper and newer; see kernels_cuda.py, which compiles and launches it.
+//
+// A memory bus is kept busy by requests that never wait for arithmetic. One block a multiprocessor takes an even share
+// of W's rows. Its last warp does nothing but send for them, by tensor copies into a ring of stages in shared memory (16
+// rows of W, CHUNK bytes of each); it does not wait for x, so that the first stages are under way while the kernel
+// before this one ends (programmatic dependent launch).
+//
+// The other warps multiply on tensor cores, weights as the tall operand: the stage's 16 rows by x's 8 columns. Sums do
+// not care about the order of columns of W, so that each thread takes 16 neighbouring bytes of a row, and x lies in
+// shared memory in the order that this gives; where x is too large, a panel of its columns at a time. int8 and int4 are
+// multiplied as integers, which saves turning them into floats: x becomes 15-bit integers relative to the largest of
+// its 128 neighbours (int4: 32), two digits of 8 bits, each a column of its own.
+//
+// Set at compilation: KIND (0 bf16, 1 fp8 e4m3, 2 int8, 3 int4), GROUP (of int4, else any), ROOM (rows of x it has
+// room for), CHUNK. Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor, mbarrier, griddepcontrol).
+
+typedef unsigned int u32;
+typedef unsigned char u8;
+typedef unsigned short u16;
+struct alignas(64) TensorMap { u8 opaque[128]; };
+
+constexpr int WARPS = 8, THREADS = WARPS * 32;     // that multiply; one more sends for weights
+constexpr int ROWS = 16, HALF = 8 * CHUNK;         // rows of W in a stage, and bytes of eight of them
+constexpr bool FLOAT = KIND < 2;
+constexpr int TILES = !FLOAT && ROOM > 4 ? 2 : 1;  // of 8 columns: a row of x is two of them, if it is integers
+constexpr int BOXES = KIND == 3 ? CHUNK * 2 / GROUP / 8 : 0;  // of 8 scales and zeros for 8 rows of W
+constexpr int STAGE = 2 * HALF + 2 * BOXES * 256;
+constexpr int X_BANK = KIND == 3 ? 32 : 16;        // a pitch that spreads what a warp reads at once over all banks
+constexpr int SPAN = KIND == 3 ? 32 : 128;         // columns of integer x that share an exponent
+// int4: with few rows of x, several blocks of 32 columns get columns of their own in one accumulator.
+constexpr int PLANES = KIND != 3 ? 8 : ROOM >= 4 ? 8 : 2 * ROOM, SLOTS = 8 / PLANES;
+
+__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void wait_for(u32 barrier, u32 phase) {
+    asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again; }"
+                 :: "r"(barrier), "r"(phase) : "memory");
+}
+
+__device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
+
+__device__ __forceinline__ void copy(u32 to, const TensorMap* map, int row, int block, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+                 :: "r"(to), "l"(map), "r"(0), "r"(row), "r"(block), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_fresh(const void* p) {  // from L2: L1 may remember an earlier kernel's buffer
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ float low_bf16(u32 v) { return __uint_as_float(v << 16); }
+__device__ __forceinline__ float high_bf16(u32 v) { return __uint_as_float(v & 0xFFFF0000); }
+__device__ __forceinline__ u16 to_bf16(float v) { u16 r; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v)); return r; }
+__device__ __forceinline__ float fp16(u32 v) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"((u16)v)); return r; }
+__device__ __forceinline__ u32 two_bf16(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+
+__device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    if (KIND == 3)
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    else
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Four e4m3 as two pairs of bf16, bytes (1, 3) and (0, 2), times 2^-120: their bits moved to bf16's places.
+__device__ __forceinline__ void unpack_fp8(u32 q, u32& odd, u32& even) {
+    odd = (q & 0x80008000) | ((q >> 4) & 0x07F007F0);
+    even = ((q << 8) & 0x80008000) | ((q << 4) & 0x07F007F0);
+}
+
+__device__ __forceinline__ float activated(float v, int activation) {
+    if (activation == 1) return v / (1 + __expf(-v));  // silu
+    if (activation == 2) return v * (1 - 1 / (__expf(1.5957691216057308f * (v + 0.044715f * v * v * v)) + 1));  // tanh gelu
+    return 0.5f * v * (1 + erff(v * 0.7071067811865476f));
+}
+
+// The i-th tile of a block: outputs n ... n + rows - 1. Blocks take tiles in turn, so that what is read at a time is
+// close together; what does not go round is cut evenly.
+struct Tile { int n, rows; };
+
+__device__ __forceinline__ Tile tile_at(int i, int N, int step) {
+    const int blocks = gridDim.x, rounds = N / (step * blocks), block = blockIdx.x;
+    if (i < rounds) return {(i * blocks + block) * step, step};
+    const int rest = N - rounds * step * blocks, first = rest * block / blocks;
+    return {rounds * step * blocks + first, i > rounds ? 0 : rest * (block + 1) / blocks - first};
+}
+
+// Eight neighbouring elements of a row of x (normalized, if there is a norm) into shared memory, as KIND wants them.
+// All lanes of a warp call it, with neighbouring i; those beyond the panel have `valid` false.
+__device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans, int m, int i, bool valid, uint4 v,
+                                    uint4 n, bool norm, float offset, float inv) {
+    u32 raw[4] = {v.x, v.y, v.z, v.w}, weight[4] = {n.x, n.y, n.z, n.w};
+    float a[8];
+    for (int j = 0; j < 4; j++) {
+        a[2 * j] = low_bf16(raw[j]), a[2 * j + 1] = high_bf16(raw[j]);
+        if (norm) {
+            a[2 * j] *= (low_bf16(weight[j]) + offset) * inv;
+            a[2 * j + 1] *= (high_bf16(weight[j]) + offset) * inv;
+        }
+    }
+    if constexpr (KIND == 0) {
+        if (norm) for (int j = 0; j < 4; j++) raw[j] = two_bf16(a[2 * j], a[2 * j + 1]);
+        if (valid) *(uint4*)(xs + m * x_pitch + i * 16) = make_uint4(raw[0], raw[1], raw[2], raw[3]);
+    } else if constexpr (KIND == 1) {
+        for (int j = 0; j < 8; j++) a[j] *= 1152921504606846976.0f;  // 2^60, and again at the end: away from subnormals
+        uint4 p = make_uint4(two_bf16(a[1], a[3]), two_bf16(a[0], a[2]), two_bf16(a[5], a[7]), two_bf16(a[4], a[6]));
+        if (valid) *(uint4*)(xs + m * x_pitch + i * 16) = p;
+    } else {
+        float top = 0;
+        for (int j = 0; j < 8; j++) top = max_nan(top, fabsf(a[j]));
+        for (int d = 1; d < SPAN / 8; d *= 2) top = max_nan(top, __shfl_xor_sync(~0u, top, d));
+        // 2^e is the largest power of two among them, and the unit 2^(e - 13)
+        u32 e = max(__float_as_uint(top) & 0x7F800000, 0x20000000);
+        float up = __uint_as_float((127 + 13) * 0x00800000u - (e - 127 * 0x00800000u));
+        float unit = top < __uint_as_float(0x7F800000) ? __uint_as_float(e - 13 * 0x00800000u) : __uint_as_float(0x7FC00000);
+        // Adding 1.5 * 2^23 leaves an integer in the mantissa; adding 128 to each byte makes it unsigned, the last
+        // exclusive or signed again.
+        u32 q[8], total = 0;
+        for (int j = 0; j < 8; j++) {
+            q[j] = __float_as_uint(fmaf(a[j], up, 12582912.0f)) - 0x4B400000;
+            total += q[j];
+            q[j] = (q[j] + 0x8080) ^ 0x8080;
+        }
+        u32 digit[2][2];
+        for (int word = 0; word < 2; word++) {
+            const int at = KIND == 3 ? word : 4 * word, by = KIND == 3 ? 2 : 1;  // int4: even columns, then odd ones
+            u32 p = __byte_perm(q[at], q[at + by], 0x5140), r = __byte_perm(q[at + 2 * by], q[at + 3 * by], 0x5140);
+            digit[0][word] = __byte_perm(p, r, 0x5410), digit[1][word] = __byte_perm(p, r, 0x7632);
+        }
+        for (int d = 0; d < 2; d++)
+            if (valid) *(uint2*)(xs + (2 * m + d) * x_pitch + i * 8) = make_uint2(digit[d][0], digit[d][1]);
+        if (KIND == 3)
+            for (int d = 1; d < 4; d *= 2) total += __shfl_xor_sync(~0u, total, d);
+        if (valid && i % (SPAN / 8) == 0) {
+            int at = m * spans + i / (SPAN / 8);
+            if (KIND == 3) ((float2*)units)[at] = make_float2(unit, (int)total * unit);
+            else units[at] = unit;
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap scale_zero, const float* __restrict__ scale,
+       const u16* __restrict__ x, const u16* __restrict__ bias, const u16* __restrict__ norm,
+       const u16* __restrict__ residual, u16* __restrict__ y, int M, int N, int K, float eps, float offset,
+       int activation, int stages, int panels) {
+    extern __shared__ __align__(1024) u8 shared[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int bytes = KIND == 0 ? 2 * K : KIND == 3 ? K / 2 : K;                         // of a row of W
+    const int chunks = (bytes + CHUNK - 1) / CHUNK, a_panel = (chunks + panels - 1) / panels;
+    const int columns = a_panel * (KIND == 0 ? CHUNK / 2 : KIND == 3 ? CHUNK * 2 : CHUNK), spans = columns / SPAN;
+    const int x_bytes = FLOAT ? 2 * columns : columns, x_pitch = x_bytes + ((X_BANK - x_bytes) & 127);
+    const bool pairs = activation != 0;                                                  // rows of gate, and of up
+    const int step = pairs ? ROWS / 2 : ROWS, rounds = N / (step * gridDim.x);
+    const int tiles = rounds + (tile_at(rounds, N, step).rows > 0);
+    u8* xs = shared + stages * STAGE;
+    float* units = (float*)(xs + (FLOAT ? M : 2 * M) * x_pitch);
+    float* parts = units + (FLOAT ? 0 : M * spans * (KIND == 3 ? 2 : 1));                // [2][WARPS][ROWS][ROOM]
+    float* totals = parts + 2 * WARPS * ROWS * ROOM;                                     // [tiles][ROWS][ROOM]
+    const u32 full = address(totals + (panels > 1 ? (rounds + 1) * ROWS * ROOM : 0)), empty = full + stages * 8;
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < stages; s++) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full + s * 8));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty + s * 8), "n"(WARPS));
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (warp == WARPS) {
+        if (lane != 0) return;
+        int stage = 0;
+        u32 phase = 1;
+        for (int panel = 0; panel < panels; panel++)
+            for (int i = 0; i < tiles; i++) {
+                const Tile tile = tile_at(i, N, step);
+                const int second = pairs ? N + tile.n : tile.n + 8, first_chunk = panel * a_panel;
+                const int count = min(a_panel, chunks - first_chunk);
+                for (int c = 0; c < count; c++) {
+                    // Blocks go round a row from different chunks on: together they read all memory channels.
+                    const int chunk = first_chunk + (c + blockIdx.x) % count;
+                    const bool both = pairs || tile.rows > 8;
+                    const u32 barrier = full + stage * 8, to = address(shared + stage * STAGE);
+                    wait_for(empty + stage * 8, phase);
+                    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                                 :: "r"(barrier), "r"(both ? STAGE : STAGE / 2) : "memory");
+                    copy(to, &w, tile.n, chunk * (CHUNK / 128), barrier);
+                    if (both) copy(to + HALF, &w, second, chunk * (CHUNK / 128), barrier);
+                    if (KIND == 3) {
+                        copy(to + 2 * HALF, &scale_zero, tile.n, chunk * BOXES, barrier);
+                        if (both) copy(to + 2 * HALF + BOXES * 256, &scale_zero, second, chunk * BOXES, barrier);
+                    }
+                    if (++stage == stages) stage = 0, phase ^= 1;
+                }
+            }
+        return;
+    }
+
+    const int items = K / 8;  // of a row of x: eight elements
+    constexpr int KEEP = ROOM == 1 ? 8 : 1;
+    const bool keep = ROOM == 1 && panels == 1 && items <= KEEP * THREADS;
+    uint4 n[KEEP], v[KEEP];
+    float inv[ROOM];
+    if (keep) {  // what does not depend on the kernel before this one is loaded before
+        #pragma unroll
+        for (int j = 0; j < KEEP; j++)
+            if (norm && threadIdx.x + j * THREADS < items) n[j] = ((const uint4*)norm)[threadIdx.x + j * THREADS];
+    }
+    // From here on the kernel before this one is complete; the next one may start, and send for its weights.
+    asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+    #pragma unroll
+    for (int m = 0; m < ROOM; m++) inv[m] = 0;
+    if (keep) {
+        #pragma unroll
+        for (int j = 0; j < KEEP; j++) {
+            v[j] = make_uint4(0, 0, 0, 0);
+            if (threadIdx.x + j * THREADS < items) v[j] = load_fresh((const uint4*)x + threadIdx.x + j * THREADS);
+        }
+        #pragma unroll
+        for (int j = 0; j < KEEP; j++) {
+            const u32 raw[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
+            for (int k = 0; k < 4; k++)
+                inv[0] += low_bf16(raw[k]) * low_bf16(raw[k]) + high_bf16(raw[k]) * high_bf16(raw[k]);
+        }
+    } else if (norm) {
+        for (int i = threadIdx.x; i < items; i += THREADS) {
+            uint4 a[ROOM];
+            #pragma unroll
+            for (int m = 0; m < ROOM; m++) a[m] = m < M ? load_fresh((const uint4*)x + m * items + i) : make_uint4(0, 0, 0, 0);
+            #pragma unroll
+            for (int m = 0; m < ROOM; m++) {
+                const u32 raw[4] = {a[m].x, a[m].y, a[m].z, a[m].w};
+                for (int k = 0; k < 4; k++)
+                    inv[m] += low_bf16(raw[k]) * low_bf16(raw[k]) + high_bf16(raw[k]) * high_bf16(raw[k]);
+            }
+        }
+    }
+    if (norm) {
+        #pragma unroll
+        for (int m = 0; m < ROOM; m++) {
+            for (int d = 16; d; d /= 2) inv[m] += __shfl_xor_sync(~0u, inv[m], d);
+            if (lane == 0) parts[warp * ROOM + m] = inv[m];
+        }
+        consumers_meet();
+        #pragma unroll
+        for (int m = 0; m < ROOM; m++) {
+            inv[m] = 0;
+            for (int i = 0; i < WARPS; i++) inv[m] += parts[i * ROOM + m];
+            inv[m] = rsqrtf(inv[m] / K + eps);
+        }
+    }
+
+    if (keep) {
+        #pragma unroll
+        for (int j = 0; j < KEEP; j++)
+            if (j * THREADS < items) {
+                const int i = threadIdx.x + j * THREADS;
+                put(xs, units, x_pitch, spans, 0, i, i < items, v[j], n[j], norm, offset, inv[0]);
+            }
+    }
+
+    const bool mine[2] = {g % PLANES < (FLOAT ? M : 2 * M), TILES == 2 && g + 8 < 2 * M};  // columns that exist
+    int stage = 0, turn = 0;
+    u32 phase = 0;
+    for (int panel = 0; panel < panels; panel++) {
+        consumers_meet();  // done with the panel before, and with the sums of squares
+        const int first_chunk = panel * a_panel, count = min(a_panel, chunks - first_chunk);
+        const int first_item = panel * columns / 8, last_item = min(items, first_item + columns / 8);
+        if (!keep) {
+            for (int i0 = first_item; i0 < last_item; i0 += THREADS) {
+                const int i = i0 + threadIdx.x;
+                const bool valid = i < last_item;
+                const uint4 weight = norm && valid ? ((const uint4*)norm)[i] : make_uint4(0, 0, 0, 0);
+                uint4 a[ROOM];
+                #pragma unroll
+                for (int m = 0; m < ROOM; m++)
+                    a[m] = m < M && valid ? load_fresh((const uint4*)x + m * items + i) : make_uint4(0, 0, 0, 0);
+                #pragma unroll
+                for (int m = 0; m < ROOM; m++)
+                    if (m < M) put(xs, units, x_pitch, spans, m, i - first_item, valid, a[m], weight, norm, offset, inv[m]);
+            }
+        }
+        consumers_meet();
+
+        for (int i = 0; i < tiles; i++, turn++) {
+            const Tile tile = tile_at(i, N, step);
+            // One warp finishes the tile, another one each time; what it needs for that is under way meanwhile.
+            const bool finishes = warp == turn % WARPS;
+            const int r = lane % ROWS, out = tile.n + r % step;
+            const bool exists = r % step < tile.rows && (pairs || r < tile.rows);
+            const long long row = pairs && r >= step ? N + out : out;
+            constexpr int EACH = ROOM == 1 ? 1 : ROOM / 2;
+            float s = 1, b = 0, rest[EACH];
+            if (finishes && exists && panel == panels - 1) {
+                if (KIND == 1 || KIND == 2) s = scale[row];
+                if (bias) b = low_bf16(bias[row]);
+                #pragma unroll
+                for (int j = 0; j < EACH; j++) {
+                    const int m = lane / ROWS + 2 * j;
+                    rest[j] = residual && m < M ? low_bf16(residual[(long long)m * N + out]) : 0;
+                }
+            }
+            float c[2][4] = {}, sum[TILES][2] = {};
+            for (int k = 0; k < count; k++) {
+                const int chunk = first_chunk + (k + blockIdx.x) % count, size = min(CHUNK, bytes - chunk * CHUNK);
+                wait_for(full + stage * 8, phase);
+                #pragma unroll
+                for (int block = warp; block < CHUNK / 128; block += WARPS) {
+                    if (block * 128 >= size) break;
+                    const u8* ws = shared + stage * STAGE + block * 1024 + g * 128;
+                    const int at = (chunk - first_chunk) * CHUNK + block * 128;  // byte of the panel's row of W
+                    if constexpr (KIND == 3) {
+                        #pragma unroll
+                        for (int j0 = 0; j0 < 8; j0 += SLOTS) {
+                            int dot[TILES][4] = {};
+                            uint2 v[TILES];
+                            #pragma unroll
+                            for (int i = 0; i < TILES; i++) {
+                                v[i] = make_uint2(0, 0);
+                                const int byte = 2 * (at + 16 * (j0 + g / PLANES) + 4 * t);
+                                if (mine[i]) v[i] = *(const uint2*)(xs + (g % PLANES + 8 * i) * x_pitch + byte);
+                            }
+                            #pragma unroll
+                            for (int j = 0; j < SLOTS; j++) {
+                                const u32 lo = *(const u32*)(ws + ((j0 + j) ^ g) * 16 + 4 * t);
+                                const u32 hi = *(const u32*)(ws + HALF + ((j0 + j) ^ g) * 16 + 4 * t);
+                                const bool here = g / PLANES == j;
+                                #pragma unroll
+                                for (int i = 0; i < TILES; i++)
+                                    mma(dot[i], lo & 0x0F0F0F0F, hi & 0x0F0F0F0F, (lo >> 4) & 0x0F0F0F0F,
+                                        (hi >> 4) & 0x0F0F0F0F, here ? v[i].x : 0, here ? v[i].y : 0);
+                            }
+                            const int slot = j0 + t / (PLANES / 2), group = (block * 8 + slot) * 32 / GROUP;
+                            const u8* ss = shared + stage * STAGE + 2 * HALF + group / 8 * 256 + g * 32 +
+                                           ((group / 4 & 1) ^ (g / 4)) * 16 + group % 4 * 4;
+                            const u32 s_lo = *(const u32*)ss, s_hi = *(const u32*)(ss + BOXES * 256);
+                            #pragma unroll
+                            for (int i = 0; i < TILES; i++) {
+                                const int m = min(t % (PLANES / 2) + 4 * i, M - 1);
+                                const float2 unit = ((const float2*)units)[m * spans + at / 16 + slot];
+                                const float d_lo = dot[i][0] + (dot[i][1] << 8), d_hi = dot[i][2] + (dot[i][3] << 8);
+                                sum[i][0] += fp16(s_lo) * (d_lo * unit.x - fp16(s_lo >> 16) * unit.y);
+                                sum[i][1] += fp16(s_hi) * (d_hi * unit.x - fp16(s_hi >> 16) * unit.y);
+                            }
+                        }
+                    } else {
+                        int whole[TILES][4] = {};
+                        #pragma unroll
+                        for (int u = 0; u < 2; u++) {
+                            const uint4 lo = *(const uint4*)(ws + ((2 * t + u) ^ g) * 16);
+                            const uint4 hi = *(const uint4*)(ws + HALF + ((2 * t + u) ^ g) * 16);
+                            const int byte = at + 32 * t + 16 * u;
+                            if constexpr (KIND == 0) {
+                                uint4 v = make_uint4(0, 0, 0, 0);
+                                if (mine[0]) v = *(const uint4*)(xs + g * x_pitch + byte);
+                                mma(c[0], lo.x, hi.x, lo.y, hi.y, v.x, v.y);
+                                mma(c[1], lo.z, hi.z, lo.w, hi.w, v.z, v.w);
+                            } else if constexpr (KIND == 1) {
+                                uint4 v[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+                                if (mine[0]) {
+                                    v[0] = *(const uint4*)(xs + g * x_pitch + 2 * byte);
+                                    v[1] = *(const uint4*)(xs + g * x_pitch + 2 * byte + 16);
+                                }
+                                const u32 l[4] = {lo.x, lo.y, lo.z, lo.w}, h[4] = {hi.x, hi.y, hi.z, hi.w};
+                                const u32 b[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
+                                #pragma unroll
+                                for (int j = 0; j < 4; j++) {
+                                    u32 l_odd, l_even, h_odd, h_even;
+                                    unpack_fp8(l[j], l_odd, l_even), unpack_fp8(h[j], h_odd, h_even);
+                                    mma(c[j % 2], l_odd, h_odd, l_even, h_even, b[2 * j], b[2 * j + 1]);
+                                }
+                            } else {
+                                #pragma unroll
+                                for (int i = 0; i < TILES; i++) {
+                                    uint4 v = make_uint4(0, 0, 0, 0);
+                                    if (mine[i]) v = *(const uint4*)(xs + (g + 8 * i) * x_pitch + byte);
+                                    mma(whole[i], lo.x, hi.x, lo.y, hi.y, v.x, v.y);
+                                    mma(whole[i], lo.z, hi.z, lo.w, hi.w, v.z, v.w);
+                                }
+                            }
+                        }
+                        if constexpr (KIND == 2) {
+                            #pragma unroll
+                            for (int i = 0; i < TILES; i++) {
+                                const float unit = units[min(t + 4 * i, M - 1) * spans + at / 128];
+                                sum[i][0] += (float)(whole[i][0] + (whole[i][1] << 8)) * unit;
+                                sum[i][1] += (float)(whole[i][2] + (whole[i][3] << 8)) * unit;
+                            }
+                        }
+                    }
+                }
+                __syncwarp();
+                if (lane == 0)
+                    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(empty + stage * 8) : "memory");
+                if (++stage == stages) stage = 0, phase ^= 1;
+            }
+            // Warps took different columns: their sums meet in shared memory, in two places in turn.
+            float* part = parts + (turn & 1) * WARPS * ROWS * ROOM;
+            float* own = part + warp * ROWS * ROOM;
+            if constexpr (FLOAT) {
+                for (int j = 0; j < 2; j++)
+                    if (2 * t + j < ROOM) {
+                        own[g * ROOM + 2 * t + j] = c[0][j] + c[1][j];
+                        own[(g + 8) * ROOM + 2 * t + j] = c[0][2 + j] + c[1][2 + j];
+                    }
+            } else {
+                for (int d = PLANES / 2; d < 4; d *= 2)
+                    for (int j = 0; j < 2; j++) sum[0][j] += __shfl_xor_sync(~0u, sum[0][j], d);
+                for (int j = 0; j < TILES; j++)
+                    if (t + 4 * j < ROOM) {
+                        own[g * ROOM + t + 4 * j] = sum[j][0];
+                        own[(g + 8) * ROOM + t + 4 * j] = sum[j][1];
+                    }
+            }
+            consumers_meet();
+            if (finishes) {
+                #pragma unroll
+                for (int j = 0; j < EACH; j++) {
+                    const int m = ROOM == 1 ? 0 : lane / ROWS + 2 * j;
+                    float value = 0;
+                    for (int k = 0; k < WARPS; k++) value += part[(k * ROWS + r) * ROOM + m];
+                    if (panels > 1) {  // the order of panels is that of barriers: no two warps are at a total at a time
+                        float* total = totals + (i * ROWS + r) * ROOM + m;
+                        if (panel > 0) value += *total;
+                        if (panel < panels - 1) {
+                            *total = value;
+                            continue;
+                        }
+                    }
+                    if (KIND == 1) value *= 1152921504606846976.0f;
+                    value = value * s + b;
+                    const float up = __shfl_down_sync(~0u, value, 8);
+                    if (pairs) value = activated(value, activation) * up;
+                    if (exists && m < M && !(pairs && r >= step) && lane < (ROOM == 1 ? ROWS : 32))
+                        y[(long long)m * N + out] = to_bf16(value + rest[j]);
+                }
+            }
+        }
+    }
+}

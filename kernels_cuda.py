@@ -1,0 +1,209 @@
+"""The linear of a few rows for Hopper GPUs and newer, in CUDA C++ (kernels_cuda.cu): `kernels.linear` runs it where it
+is the fastest, see `supports`, and Triton elsewhere.
+
+Tensor cores multiply two to eight rows in the time of one, if nothing else takes longer: int8 and int4 go to them as
+the integers that they are, and the copies of weights that feed them are no work of the threads that compute, neither of
+which Triton can be told. The C++ is compiled by NVRTC, which every CUDA build of PyTorch brings along, in half a second
+a variant, when it is first wanted; no compiler need be installed. Nothing is loaded on import.
+
+Try it (on such a GPU):  python -c "import torch, kernels_cuda as k; x = torch.ones(2, 256, device='cuda').bfloat16();
+                         print(k.linear(x, torch.ones(8, 256, device='cuda').bfloat16()))"
+
+Sources: the CUDA driver API (cuLaunchKernelEx, cuTensorMapEncodeTiled) and NVRTC's, both called through ctypes.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KINDS = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.int8: 2, torch.uint8: 3}
+ROWS_FOR = (range(2, 9), range(2, 9), range(1, 5), range(1, 9))  # by kind: where it beats Triton's kernels on an H200
+COLUMNS = (64, 128, 128, 256)  # by kind: what columns must be a multiple of, 128 bytes
+ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
+# As in kernels_cuda.cu; CHUNK is what a block copies of a row at a time, in bytes.
+WARPS, TILE_ROWS, CHUNK = 8, 16, 2048
+MAX_STAGES = 4  # more take memory from the L1 cache, and are slower
+
+
+@functools.cache
+def available(device: torch.device) -> bool:
+    """Whether the kernel can run on a device: a GPU of compute capability 9.0 or more, with NVRTC at hand."""
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return _libraries() is not None
+
+
+def supports(x: Tensor, weight: Tensor, scale: Tensor | None, *others: Tensor | None) -> bool:
+    """Whether `linear` should take these: bf16, so few rows, and columns that fill its copies.
+
+    others: bias, norm and residual.
+    """
+    kind, K = KINDS.get(weight.dtype), x.shape[-1]
+    if kind is None or x.numel() // K not in ROWS_FOR[kind] or K % COLUMNS[kind] or not available(x.device):
+        return False
+    if any(t is not None and t.dtype != torch.bfloat16 for t in (x, *others)):
+        return False
+    group = K // scale.shape[1] if kind == 3 else 32
+    if kind == 3 and (scale.dtype != torch.int32 or group not in (32, 64, 128) or K % (8 * group)):
+        return False
+    return weight.is_contiguous() and weight.data_ptr() % 16 == 0
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
+           norm: Tensor | None = None, residual: Tensor | None = None, eps: float = 0.0, offset: float = 0.0,
+           activation: str = "") -> Tensor:  # fmt: skip
+    """`kernels.linear_reference` for what `supports` accepts: x bf16 [..., K] -> bf16 [..., N].
+
+    Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative to the largest of 128 columns, or of 32.
+    Raises RuntimeError where the driver or the compiler reports an error.
+    """
+    K = x.shape[-1]
+    M, N = x.numel() // K, weight.shape[0] // (2 if activation else 1)
+    kind = KINDS[weight.dtype]
+    group = K // scale.shape[1] if kind == 3 else 32
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
+    plan = _plan(kind, group, M, N, K, bool(activation), x.device)
+    maps = [_tensor_map(weight.data_ptr(), N * (2 if activation else 1), K * 128 // COLUMNS[kind], 128, CHUNK // 128)]
+    if kind == 3:  # a word for the scale and zero of each group
+        maps.append(_tensor_map(scale.data_ptr(), *scale.shape[:1], scale.shape[1] * 4, 32, CHUNK // 4 // group))
+    pointers = [0 if t is None else t.data_ptr() for t in (None if kind == 3 else scale, x, bias, norm, residual, y)]
+    values = [maps[0], maps[-1], *map(ctypes.c_void_p, pointers), *map(ctypes.c_int, (M, N, K))]
+    values += [ctypes.c_float(eps), ctypes.c_float(offset)]
+    values += map(ctypes.c_int, (ACTIVATIONS[activation], plan.stages, plan.panels))
+    parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+    attribute = _Attribute(id=6)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value[0] = 1
+    config = _Config(
+        grid=(_multiprocessors(x.device), 1, 1), block=(WARPS * 32 + 32, 1, 1), shared=plan.shared,
+        stream=torch.cuda.current_stream(x.device).cuda_stream, attributes=ctypes.pointer(attribute), n_attributes=1,
+    )  # fmt: skip
+    with torch.cuda.device(x.device):
+        function = _function(kind, group, plan.room, x.device)
+        _check(_libraries()[1].cuLaunchKernelEx(ctypes.byref(config), function, parameters, None), "cuLaunchKernelEx")
+    return y
+
+
+class Plan(NamedTuple):
+    """How a block uses its shared memory."""
+
+    room: int  # rows of x that the variant has room for
+    stages: int  # of weights
+    panels: int  # parts of x's columns that are there one after another
+    shared: int  # bytes in all
+
+
+@functools.cache
+def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: torch.device) -> Plan:
+    """One block to a multiprocessor, as few panels as leave room for the stages; laid out as kernels_cuda.cu does."""
+    room, most = next(r for r in (1, 2, 4, 8) if M <= r), _shared_memory(device)
+    stage = TILE_ROWS * CHUNK + (TILE_ROWS * CHUNK * 8 // group if kind == 3 else 0) + 16
+    in_chunk = CHUNK * COLUMNS[kind] // 128  # columns
+    chunks = -(-K // in_chunk)
+    rounds = N // (TILE_ROWS // (2 if pairs else 1) * _multiprocessors(device))
+    for panels in range(1, chunks + 1):
+        columns = -(-chunks // panels) * in_chunk
+        row, bank = 2 * columns if kind < 2 else columns, 32 if kind == 3 else 16
+        x = (M if kind < 2 else 2 * M) * (row + (bank - row) % 128)
+        units = (0, 0, M * columns // 128 * 4, M * columns // 32 * 8)[kind]
+        parts = 2 * WARPS * TILE_ROWS * room * 4
+        totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
+        base = x + units + parts + totals
+        stages = min(MAX_STAGES, (most - base) // stage)
+        if stages == MAX_STAGES and columns * (panels - 1) < K:  # the last panel is not empty
+            break
+    return Plan(room, stages, panels, base + stages * stage)
+
+
+# ------------------------------------------------------------------------------------------- compilation and launch
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_uint), ("pad", ctypes.c_uint), ("value", ctypes.c_uint * 16)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("n_attributes", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        raise RuntimeError(f"kernels_cuda: {what} failed with error {status}")
+
+
+@functools.cache
+def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL] | None:
+    """(NVRTC, the CUDA driver), or None where they are not found."""
+    try:
+        # PyTorch's own stub is linked against NVRTC, and knows where it is.
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so")), ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def _tensor_map(pointer: int, rows: int, row_bytes: int, box_bytes: int, count: int) -> ctypes.Array:
+    """How a matrix of bytes is copied: boxes of 8 rows and `box_bytes` (32 or 128) of each, `count` of them at a time,
+    their 16-byte words permuted by the row, so that threads that read a column of rows meet no bank twice."""
+    buffer = (ctypes.c_ubyte * 192)()
+    result = (ctypes.c_ubyte * 128).from_buffer(buffer, -ctypes.addressof(buffer) % 64)  # aligned to 64 bytes
+    sizes = (ctypes.c_uint64 * 3)(box_bytes, rows, row_bytes // box_bytes)
+    strides = (ctypes.c_uint64 * 2)(row_bytes, box_bytes)
+    box, ones = (ctypes.c_uint32 * 3)(box_bytes, 8, count), (ctypes.c_uint32 * 3)(1, 1, 1)
+    swizzle = {32: 1, 128: 3}[box_bytes]  # CU_TENSOR_MAP_SWIZZLE_32B, _128B
+    # Of bytes, three dimensions; in the end: not interleaved, swizzled, no more brought into L2, zeros beyond the end.
+    status = _libraries()[1].cuTensorMapEncodeTiled(
+        result, 0, 3, ctypes.c_void_p(pointer), sizes, strides, box, ones, 0, swizzle, 0, 0
+    )
+    _check(status, "cuTensorMapEncodeTiled")
+    return result
+
+
+@functools.cache
+def _function(kind: int, group: int, room: int, device: torch.device) -> ctypes.c_void_p:
+    """The kernel of a variant, compiled and loaded on a device, which is the current one."""
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    nvrtc, cuda = _libraries()
+    options = [f"-DKIND={kind}", f"-DGROUP={group}", f"-DROOM={room}", f"-DCHUNK={CHUNK}"]
+    major, minor = torch.cuda.get_device_capability(device)
+    cubin = _compile(nvrtc, [*options, f"-arch=sm_{major}{minor}"])
+    _check(cuda.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
+    _check(cuda.cuModuleGetFunction(ctypes.byref(function), module, b"linear"), "cuModuleGetFunction")
+    # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _check(cuda.cuFuncSetAttribute(function, 8, _shared_memory(device)), "cuFuncSetAttribute")
+    return function
+
+
+def _compile(nvrtc: ctypes.CDLL, options: list[str]) -> bytes:
+    """kernels_cuda.cu -> machine code."""
+    source = Path(__file__).with_name("kernels_cuda.cu").read_bytes()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels_cuda.cu", 0, None, None)
+    _check(created, "nvrtcCreateProgram")
+    given = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+    if nvrtc.nvrtcCompileProgram(program, len(options), given):
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"kernels_cuda.cu does not compile: {log.value.decode()}")
+    _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "nvrtcGetCUBINSize")
+    cubin = ctypes.create_string_buffer(size.value)
+    _check(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw

@@ -1,0 +1,151 @@
+"""The CUDA C++ linear against its reference, on a GPU that has what it needs; its plans and its guards anywhere."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kernels
+import kernels_cuda as k
+
+GPU = torch.cuda.is_available() and k.available(torch.device("cuda", 0))
+SHAPES = [(333, 512), (66, 1024), (1000, 4096), (4096, 2048), (5, 512), (48, 14336), (50, 22016)]
+KINDS = [("bf16", 0), ("fp8", 0), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 128)]
+
+
+def stored(kind: str, N: int, K: int, group: int):
+    """Random (weight, scale) of a kind, on the GPU."""
+    w = torch.randn(N, K, device="cuda")
+    if kind == "bf16":
+        return w.bfloat16(), None
+    if kind == "int8":
+        return (w * 40).clamp(-127, 127).to(torch.int8), torch.rand(N, device="cuda")
+    if kind == "fp8":
+        return (w * 100).clamp(-448, 448).to(torch.float8_e4m3fn), torch.rand(N, device="cuda")
+    scale, zero = torch.rand(2, N, K // group, device="cuda").half()
+    return torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device="cuda"), kernels.join_scales(scale, 15 * zero)
+
+
+def expected(x, weight, scale, bias, norm, residual, eps, offset, activation):
+    """kernels.linear_reference in float64, with x rounded once, after the norm."""
+    x = x.double()
+    if norm is not None:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (norm.double() + offset)
+    y = x @ kernels.dequantize(weight, scale).double().T
+    y = y if bias is None else y + bias.double()
+    if activation:
+        gate, up = y.chunk(2, dim=-1)
+        y = kernels.activate(activation, gate) * up
+    return y if residual is None else residual.double() + y
+
+
+if GPU:
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("M", (1, 2, 3, 5, 8))
+    @pytest.mark.parametrize("kind, group", KINDS)
+    def test_linear(kind, group, M, monkeypatch):
+        monkeypatch.setattr(k, "ROWS_FOR", (range(1, 9),) * 4)  # also where Triton is faster
+        torch.manual_seed(0)
+        ran = 0
+        for N, K in SHAPES:
+            if kind == "int4" and K % (8 * group):
+                continue
+            weight, scale = stored(kind, N, K, group)
+            x = torch.randn(M, K, device="cuda").bfloat16()
+            x[:, ::77] *= 50  # a block of columns has an exponent of its own
+            for extras in range(4):
+                norm = torch.rand(K, device="cuda").bfloat16() if extras in (1, 2) else None
+                activation = ("silu", "gelu_tanh", "gelu")[M % 3] if extras == 2 and N % 2 == 0 else ""
+                bias = torch.randn(N, device="cuda").bfloat16() if extras in (1, 3) else None
+                residual = torch.randn(M, N, device="cuda").bfloat16() if extras == 3 else None
+                assert k.supports(x, weight, scale, bias, norm, residual)
+                arguments = (x, weight, scale, bias, norm, residual, 1e-5, 0.25, activation)
+                y, want = k.linear(*arguments).double(), expected(*arguments)
+                assert (y - want).norm() <= 1e-2 * want.norm(), (N, K, extras)
+                assert torch.equal(k.linear(*arguments).double(), y), "the same sums in the same order"
+                ran += 1
+        assert ran >= 12
+
+    @pytest.mark.gpu
+    def test_not_a_number_stays_one():
+        for kind, group in KINDS:
+            weight, scale = stored(kind, 64, 512, group)
+            x = torch.ones(2, 512, device="cuda").bfloat16()
+            x[1, 300] = torch.nan
+            y = k.linear(x, weight, scale)
+            assert y[0].isfinite().all() and y[1].isnan().all(), kind
+
+    @pytest.mark.gpu
+    def test_kernels_takes_it_where_it_is_faster(monkeypatch):
+        calls = []
+        monkeypatch.setattr(k, "linear", lambda x, *others: calls.append(len(x)) or x.new_zeros(len(x), 64))
+        for M in (1, 2, 8, 9):
+            kernels.linear(torch.ones(M, 512, device="cuda").bfloat16(), torch.ones(64, 512, device="cuda").bfloat16())
+        kernels.linear(torch.ones(2, 512, device="cuda"), torch.ones(64, 512, device="cuda"))  # float32
+        assert calls == [2, 8]
+else:
+
+    @pytest.mark.gpu
+    def test_linear():
+        pytest.skip("needs a Hopper GPU or a newer one: its plans and guards were tested")
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_plans_fit(kind, monkeypatch):
+    """Every number of rows, of shapes of real models, within the shared memory of a block, and in few panels."""
+    monkeypatch.setattr(k, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(k, "_shared_memory", lambda device: 232448)
+    plan = k._plan.__wrapped__
+    for N, K, pairs in ((6144, 4096, False), (14336, 4096, True), (4096, 14336, False), (8192, 28672, False),
+                        (128256, 4096, False), (2048, 256, False)):  # fmt: skip
+        for M in range(1, 9):
+            p = plan(kind, 32, M, N, K, pairs, None)
+            assert p.room >= M and 3 <= p.stages <= k.MAX_STAGES and p.shared <= 232448, (N, K, M, p)
+            assert p.panels <= 8, (N, K, M, p)
+
+
+def test_guards(monkeypatch):
+    x, weight = torch.ones(2, 256, dtype=torch.bfloat16), torch.ones(64, 256, dtype=torch.bfloat16)
+    assert not k.available(torch.device("cpu")) and not k.supports(x, weight, None)
+    monkeypatch.setattr(k, "available", lambda device: True)
+    assert k.supports(x, weight, None) and k.supports(x, weight, None, None, torch.ones(256).bfloat16())
+    for changed in (
+        (x.float(), weight, None), (x[:1], weight, None), (torch.ones(9, 256).bfloat16(), weight, None),
+        (x[:, :96], weight[:, :96], None), (x, weight.half(), None), (x, weight, None, torch.ones(64)),
+        (x, weight.repeat(1, 2)[:, ::2], None),
+    ):  # fmt: skip
+        assert not k.supports(*changed)
+    q = torch.zeros(64, 128, dtype=torch.uint8)
+    assert k.supports(x, q, torch.zeros(64, 8, dtype=torch.int32))
+    assert not k.supports(x, q, torch.zeros(64, 8))  # not packed for a GPU
+    assert not k.supports(x, q, torch.zeros(64, 16, dtype=torch.int32))  # groups of 16
+
+
+def test_kernels_alone(monkeypatch):
+    """kernels.py copied without kernels_cuda.py."""
+    kernels._kernels_cuda.cache_clear()
+    monkeypatch.setitem(sys.modules, "kernels_cuda", None)
+    assert kernels._kernels_cuda() is None
+    kernels._kernels_cuda.cache_clear()
+
+
+def test_errors_say_what_failed(monkeypatch):
+    with pytest.raises(RuntimeError, match="cuModuleLoadData failed with error 300"):
+        k._check(300, "cuModuleLoadData")
+
+    def failing(log: bytes):
+        def get_log(program, buffer):
+            buffer.value = log
+
+        def get_size(program, size):
+            size._obj.value = len(log) + 1
+
+        return SimpleNamespace(
+            nvrtcCreateProgram=lambda *a: 0, nvrtcCompileProgram=lambda *a: 6, nvrtcGetProgramLogSize=get_size,
+            nvrtcGetProgramLog=get_log,
+        )  # fmt: skip
+
+    with pytest.raises(RuntimeError, match="does not compile: line 1: no"):
+        k._compile(failing(b"line 1: no"), [])
