@@ -138,7 +138,7 @@ def random_weights(args: ModelArgs, device: torch.device, dtype: torch.dtype) ->
     for name, shape in shapes.items():
         if args.tie_embeddings and name == "output.weight":
             continue
-        tensor = torch.randn(shape, device=device, dtype=dtype) * 0.02
+        tensor = torch.randn(shape, device=device, dtype=dtype).mul_(0.02)  # in place: of a head, a copy is a gigabyte
         yield name, tensor + (1 - args.norm_offset) if name.endswith("norm.weight") else tensor
 
 
