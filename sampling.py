@@ -18,23 +18,6 @@ import tp
 from speculative import accept, accept_greedy
 
 
-def likeliest(logits: Tensor, k: int, sorted: bool = True) -> tuple[Tensor, Tensor]:
-    """As logits.topk(k) of [..., V]: in two stages where V is large, first of equal parts and then of what these give.
-
-    One slice of 128k keeps few of a GPU's multiprocessors busy; the parts are searched side by side.
-    """
-    V = logits.shape[-1]
-    parts = V & -V  # the largest power of two that divides it
-    while parts > 1 and V // parts < 8 * k:
-        parts //= 2
-    if parts < 8:
-        return logits.topk(k, sorted=sorted)
-    values, ids = logits.unflatten(-1, (parts, -1)).topk(k, sorted=False)
-    ids = ids + torch.arange(0, V, V // parts, device=logits.device)[:, None]
-    values, best = values.flatten(-2).topk(k, sorted=sorted)
-    return values, ids.flatten(-2).gather(-1, best)
-
-
 def filtered(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None):
     """Logits [B, V] -> (weights float32 [B, n], ids [B, n] or None for all n = V in their order).
 
@@ -44,7 +27,7 @@ def filtered(logits: Tensor, temperature: float, top_k: int | None, top_p: float
     logits, ids = logits.float() / temperature, None
     if top_k or top_p:
         # the likeliest first, where that matters: sorting takes as long as finding them
-        logits, ids = likeliest(logits, min(top_k or logits.shape[-1], logits.shape[-1]), sorted=bool(top_p))
+        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), sorted=bool(top_p))
     probs = logits.softmax(-1)
     if top_p:
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)

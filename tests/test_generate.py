@@ -29,7 +29,6 @@ from generate import (  # noqa: E402
     warm_up,
 )
 from model import QUERY_BLOCK  # noqa: E402
-from sampling import likeliest  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -80,18 +79,6 @@ def logits_of(seed: int) -> torch.Tensor:
     """[1, V] in random order, from which no filter above makes a probability below half a percent or a near tie."""
     order = torch.randperm(V, generator=torch.Generator().manual_seed(seed))
     return torch.linspace(0, 2.75, V)[order][None] + 0.03 * torch.sin(torch.arange(V) * 2.3)
-
-
-@pytest.mark.parametrize("V, k", [(128256, 200), (32000, 50), (4096, 200), (16384, 2048), (1 << 15, 1), (999, 999), (8 * 64, 8)])
-def test_likeliest_is_topk(V, k):
-    """In two stages or in one, the same values in the same order, and tokens that have them."""
-    torch.manual_seed(0)
-    for logits in (torch.randn(2, V), torch.randn(1, 3, V), torch.randint(5, (2, V)).float(), -torch.arange(V).float()[None]):
-        values, ids = likeliest(logits, k)
-        assert torch.equal(values, logits.topk(k).values) and torch.equal(logits.gather(-1, ids), values)
-        assert ids.sort().values.diff().min() > 0 if k > 1 else ids.shape[-1] == 1, "no token twice"
-        unsorted = likeliest(logits, k, sorted=False)[1].sort().values
-        assert torch.equal(logits.gather(-1, unsorted).sort().values, values.sort().values)
 
 
 def plain_filter(logits: torch.Tensor, temperature, top_k=None, top_p=None, min_p=None) -> torch.Tensor:
