@@ -49,7 +49,7 @@ from generate import (
 from kernels import read_sum
 from model import ModelArgs, Transformer
 from speculative import MAX_K, Speculation, compile_step, kept_and_next
-from tables import fill_tables, one_gpu, read_rows
+from tables import fill_tables, one_gpu, read_rows, roofline
 from tokenizer import Tokenizer
 
 # What the README's table of perplexities compares: (mode, groupsize, method).
@@ -436,7 +436,12 @@ def main(
     all_reduce: str = "auto",
 ) -> None:
     if readme:
-        README.write_text(fill_tables(README.read_text(), read_rows(RESULTS)))
+        rows = read_rows(RESULTS)
+        README.write_text(fill_tables(README.read_text(), rows))
+        try:
+            roofline(rows, RESULTS.with_name("roofline.svg"))
+        except ImportError:
+            print("benchmark.py: no plot without matplotlib: pip install matplotlib", file=sys.stderr)
         return
     ranks = tp.init_dist(all_reduce)
     if not 1 <= speculate_k <= MAX_K:
@@ -568,7 +573,7 @@ def parser() -> argparse.ArgumentParser:
     a("--perplexity", action="store_true", help="instead: perplexity of --checkpoint_path or demo/ by each recipe")
     a("--speculation", action="store_true", help="instead: the bundled models on held-out code, by each way to propose")
     a("--record", action="store_true", dest="record_row", help=f"append the rows to {RESULTS.name}")
-    a("--readme", action="store_true", help=f"measure nothing: make the tables of {README.name} from {RESULTS.name}")
+    a("--readme", action="store_true", help=f"measure nothing: {README.name}'s tables and plot from {RESULTS.name}")
     a("--all_reduce", default="auto", metavar="A", help="under torchrun, on GPUs: nccl, or auto to take what is faster")
     a("--json", action="store_true", dest="json_line", help="last line of stdout: one JSON object with all figures")
     return p

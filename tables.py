@@ -1,4 +1,4 @@
-"""Tables in Markdown from the rows that `benchmark.py --record` has written: what the README shows, and nothing typed.
+"""Tables in Markdown, and a plot, from the rows that `benchmark.py --record` has written: what the README shows.
 
     python benchmark.py --readme
 
@@ -106,6 +106,40 @@ def speculation_table(rows: list[dict]) -> str:
                            *((r.get(key), ".2f") for key in ("verify_cost_5", "verify_cost_8", "other_ms")),
                            r["device"], r["commit"], r["torch"], r["date"]))  # fmt: skip
     return table(header, lines) if lines else ""
+
+
+def roofline(rows: list[dict], file: Path) -> None:
+    """Draw into an SVG: speed over the bytes of weights that a token reads, and what the read bandwidth would allow.
+
+    The latest rows of batch 1 on one GPU, compiled; the line is the best bandwidth measured in these runs. Raises
+    ImportError without matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in rows if not r.get("kind") and r.get("ranks", 1) == 1 and r["batch"] == 1 and r["compile_s"]]
+    rows = list({(r["model"], r["mode"]): r for r in rows if not r["device"].startswith("cpu")}.values())
+    if not rows:
+        return
+    peak = max(r["read_bandwidth_gbs"] for r in rows)
+    # Text stays text and ids stay the same, so that a new drawing of the same rows is the same file.
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": file.name, "font.size": 9}):
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        ends = [min(r["weights_gb"] for r in rows) / 1.5, max(r["weights_gb"] for r in rows) * 1.5]
+        axes.plot(ends, [peak / gb for gb in ends], color="0.6", label=f"{peak:,.0f} GB/s, measured by reading only")
+        for model, marker in zip(sorted({r["model"] for r in rows}), "osD^vP*X", strict=False):
+            mine = [r for r in rows if r["model"] == model]
+            axes.plot([r["weights_gb"] for r in mine], [r["tok_s"] for r in mine], marker, label=model)
+            for r in mine:
+                axes.annotate(f" {r['mode']}", (r["weights_gb"], r["tok_s"]), va="top", fontsize=7)
+        axes.set(xscale="log", yscale="log", xlabel="GB of weights read for a token", ylabel="tok/s",
+                 title=f"{rows[-1]['device']}, batch 1, 5 + 200 tokens")  # fmt: skip
+        axes.grid(which="both", alpha=0.2)
+        axes.legend()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        plt.close(figure)
 
 
 TABLES = {

@@ -166,6 +166,20 @@ def test_decode_table_shows_the_latest_row_of_each_kind():
     assert "| 1,234.6 |" in lines[1] and "| 66 | 12.3 | 20 |" in lines[1]
 
 
+def test_roofline_shows_every_mode_and_the_limit(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{**SPEED, "mode": mode, "weights_gb": gb, "read_bandwidth_gbs": 4500.0}
+            for mode, gb in (("bf16", 13.2), ("int8", 6.6))]  # fmt: skip
+    others = [{**rows[0], "batch": 8, "model": "other"}, {**rows[0], "ranks": 2, "model": "other"}, PERPLEXITY]
+    tables.roofline(rows + others, tmp_path / "a.svg")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert all(text in drawn for text in (" bf16<", " int8<", "4,500 GB/s")) and "other" not in drawn
+    tables.roofline(rows + others, tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text() == drawn, "the same rows, the same file"
+    tables.roofline([PERPLEXITY], tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+
+
 def test_scaling_table_compares_with_one_gpu():
     many = {**SPEED, "ranks": 2, "tok_s": 2000.0, "all_reduce": "nccl", "all_reduce_us": 18.04,
             "percent_communication": 9.9}  # fmt: skip
