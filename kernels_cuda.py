@@ -26,6 +26,7 @@ COLUMNS = (64, 128, 128, 256)  # by kind: what columns must be a multiple of, 12
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 # As in kernels_cuda.cu; CHUNK is what a block copies of a row at a time, in bytes.
 WARPS, TILE_ROWS, CHUNK = 8, 16, 2048
+MAX_COLUMNS = 32768
 MAX_STAGES = 4  # more take memory from the L1 cache, and are slower
 
 
@@ -37,20 +38,26 @@ def available(device: torch.device) -> bool:
     return _libraries() is not None
 
 
-def supports(x: Tensor, weight: Tensor, scale: Tensor | None, *others: Tensor | None) -> bool:
-    """Whether `linear` should take these: bf16, so few rows, and columns that fill its copies.
-
-    others: bias, norm and residual.
-    """
+def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
+             norm: Tensor | None = None, residual: Tensor | None = None) -> bool:  # fmt: skip
+    """Whether `linear` should take these: bf16, so few rows, and columns and addresses that fill its copies."""
     kind, K = KINDS.get(weight.dtype), x.shape[-1]
-    if kind is None or x.numel() // K not in ROWS_FOR[kind] or K % COLUMNS[kind] or not available(x.device):
+    if kind is None or x.numel() // K not in ROWS_FOR[kind] or K > MAX_COLUMNS or K % COLUMNS[kind]:
         return False
-    if any(t is not None and t.dtype != torch.bfloat16 for t in (x, *others)):
+    if not available(x.device) or any(t is not None and t.dtype != torch.bfloat16 for t in (x, bias, norm, residual)):
+        return False
+    if (scale is None) != (kind == 0) or (kind and scale.dtype != (torch.int32 if kind == 3 else torch.float32)):
+        return False
+    for t in (weight, scale, bias, norm):
+        if t is not None and (t.device != x.device or not t.is_contiguous() or t.data_ptr() % 16):
+            return False
+    if x.is_contiguous() and x.data_ptr() % 16:  # else it is copied
         return False
     group = K // scale.shape[1] if kind == 3 else 32
-    if kind == 3 and (scale.dtype != torch.int32 or group not in (32, 64, 128) or K % (8 * group)):
+    if kind == 3 and (group not in (32, 64, 128) or K % (8 * group)):
         return False
-    return weight.is_contiguous() and weight.data_ptr() % 16 == 0
+    # A vocabulary may be so large, or shared memory so small, that there is no room for a ring.
+    return _plan(kind, group, x.numel() // K, weight.shape[0], K, False, x.device).stages >= 2
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
@@ -58,8 +65,9 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
            activation: str = "") -> Tensor:  # fmt: skip
     """`kernels.linear_reference` for what `supports` accepts: x bf16 [..., K] -> bf16 [..., N].
 
-    Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative to the largest of 128 columns, or of 32.
-    Raises RuntimeError where the driver or the compiler reports an error.
+    Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative to the largest of 128 columns, or of 32;
+    fp8 ones below 2^68. x may still be on its way from the kernel before this one; the residual must be older than
+    that, as a layer's is. Raises RuntimeError where the driver or the compiler reports an error.
     """
     K = x.shape[-1]
     M, N = x.numel() // K, weight.shape[0] // (2 if activation else 1)
@@ -99,12 +107,13 @@ class Plan(NamedTuple):
 
 @functools.cache
 def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: torch.device) -> Plan:
-    """One block to a multiprocessor, as few panels as leave room for the stages; laid out as kernels_cuda.cu does."""
+    """One block to a multiprocessor, as few panels as leave room for most stages; laid out as kernels_cuda.cu does."""
     room, most = next(r for r in (1, 2, 4, 8) if M <= r), _shared_memory(device)
     stage = TILE_ROWS * CHUNK + (TILE_ROWS * CHUNK * 8 // group if kind == 3 else 0) + 16
     in_chunk = CHUNK * COLUMNS[kind] // 128  # columns
     chunks = -(-K // in_chunk)
     rounds = N // (TILE_ROWS // (2 if pairs else 1) * _multiprocessors(device))
+    plans = []
     for panels in range(1, chunks + 1):
         columns = -(-chunks // panels) * in_chunk
         row, bank = 2 * columns if kind < 2 else columns, 32 if kind == 3 else 16
@@ -114,9 +123,9 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
         totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
         base = x + units + parts + totals
         stages = min(MAX_STAGES, (most - base) // stage)
-        if stages == MAX_STAGES and columns * (panels - 1) < K:  # the last panel is not empty
-            break
-    return Plan(room, stages, panels, base + stages * stage)
+        if columns * (panels - 1) < K:  # the last panel is not empty
+            plans.append(Plan(room, stages, panels, base + stages * stage))
+    return max(plans, key=lambda plan: (plan.stages, -plan.panels))
 
 
 # ------------------------------------------------------------------------------------------- compilation and launch

@@ -92,35 +92,53 @@ else:
         pytest.skip("needs a Hopper GPU or a newer one: its plans and guards were tested")
 
 
-@pytest.mark.parametrize("kind", range(4))
-def test_plans_fit(kind, monkeypatch):
-    """Every number of rows, of shapes of real models, within the shared memory of a block, and in few panels."""
+@pytest.fixture
+def h200(monkeypatch):
+    """A GPU as far as plans and guards see."""
     monkeypatch.setattr(k, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(k, "_shared_memory", lambda device: 232448)
-    plan = k._plan.__wrapped__
+    monkeypatch.setattr(k, "available", lambda device: True)
+    monkeypatch.setattr(k, "_plan", k._plan.__wrapped__)
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_plans_fit(kind, h200):
+    """Every number of rows, of shapes of real models, within the shared memory of a block, and in few panels."""
     for N, K, pairs in ((6144, 4096, False), (14336, 4096, True), (4096, 14336, False), (8192, 28672, False),
                         (128256, 4096, False), (2048, 256, False)):  # fmt: skip
         for M in range(1, 9):
-            p = plan(kind, 32, M, N, K, pairs, None)
+            p = k._plan(kind, 32, M, N, K, pairs, None)
             assert p.room >= M and 3 <= p.stages <= k.MAX_STAGES and p.shared <= 232448, (N, K, M, p)
             assert p.panels <= 8, (N, K, M, p)
+    assert [k._plan(kind, 32, M, 4096, 4096, False, None).panels for M in (1, 2, 4)] == [1, 1, 1]
 
 
-def test_guards(monkeypatch):
+def test_guards(h200, monkeypatch):
     x, weight = torch.ones(2, 256, dtype=torch.bfloat16), torch.ones(64, 256, dtype=torch.bfloat16)
-    assert not k.available(torch.device("cpu")) and not k.supports(x, weight, None)
-    monkeypatch.setattr(k, "available", lambda device: True)
     assert k.supports(x, weight, None) and k.supports(x, weight, None, None, torch.ones(256).bfloat16())
+    assert k.supports(x[:, None], weight, None)  # [2, 1, 256]
+    assert k.supports(torch.ones(2, 3, 256).bfloat16()[:, -1:], weight, None)  # copied
     for changed in (
         (x.float(), weight, None), (x[:1], weight, None), (torch.ones(9, 256).bfloat16(), weight, None),
-        (x[:, :96], weight[:, :96], None), (x, weight.half(), None), (x, weight, None, torch.ones(64)),
-        (x, weight.repeat(1, 2)[:, ::2], None),
+        (x[:, :96].contiguous(), weight[:, :96].contiguous(), None), (x, weight.half(), None), (x[:0], weight, None),
+        (x, weight, None, torch.ones(64)), (x, weight.repeat(1, 2)[:, ::2], None), (x, weight, torch.ones(64)),
+        (torch.ones(2 * 256 + 3).bfloat16()[3:].view(2, 256), weight, None),  # not at an address of whole words
     ):  # fmt: skip
         assert not k.supports(*changed)
-    q = torch.zeros(64, 128, dtype=torch.uint8)
-    assert k.supports(x, q, torch.zeros(64, 8, dtype=torch.int32))
-    assert not k.supports(x, q, torch.zeros(64, 8))  # not packed for a GPU
+    q, packed = torch.zeros(64, 128, dtype=torch.uint8), torch.zeros(64, 8, dtype=torch.int32)
+    assert k.supports(x, q, packed) and not k.supports(x, q, None)
+    assert not k.supports(x, q, packed.float())  # not packed for a GPU
     assert not k.supports(x, q, torch.zeros(64, 16, dtype=torch.int32))  # groups of 16
+    q = torch.zeros(64, 256, dtype=torch.int8)
+    assert k.supports(x, q, torch.ones(64)) and not k.supports(x, q, torch.ones(64).bfloat16())
+    assert not k.supports(x, q, torch.ones(128)[::2])
+    monkeypatch.setattr(k, "_shared_memory", lambda device: 50000)
+    assert not k.supports(x, weight, None), "no room for two stages"
+
+
+def test_not_on_a_cpu():
+    assert not k.available(torch.device("cpu"))
+    assert not k.supports(torch.ones(2, 256).bfloat16(), torch.ones(64, 256).bfloat16())
 
 
 def test_kernels_alone(monkeypatch):
