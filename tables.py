@@ -120,6 +120,7 @@ def roofline(rows: list[dict], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [r for r in rows if not r.get("kind") and r.get("ranks", 1) == 1 and r["batch"] == 1 and r["compile_s"]]
+    rows = [r for r in rows if r.get("read_bandwidth_gbs")]
     rows = list({(r["model"], r["mode"]): r for r in rows if not r["device"].startswith("cpu")}.values())
     if not rows:
         return
