@@ -543,10 +543,17 @@ def main(
         print(json.dumps(rows[0] if len(rows) == 1 else {"rows": rows}))
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, but for those that the help tells in words, whose value is None."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description="Measure decoding speed on random weights of a named shape (nothing is downloaded).",
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=110, max_help_position=32),
+        formatter_class=lambda prog: Help(prog, width=110, max_help_position=32),
     )
     p.error = lambda message: p.exit(2, f"{p.prog}: {message}\n")
     a = p.add_argument

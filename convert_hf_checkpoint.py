@@ -430,6 +430,13 @@ def stop_ids_from_hf(generation_config: dict, config: dict) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, but for those that the help tells in words, whose value is None."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def main(hf_dir: str, out_dir: str, overwrite: bool) -> int:
     from checkpoint import convert_checkpoint  # here, since checkpoint imports this file
 
@@ -446,7 +453,7 @@ def main(hf_dir: str, out_dir: str, overwrite: bool) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.splitlines()[0], formatter_class=Help
     )
     parser.add_argument("--hf_dir", required=True, help="a Hugging Face checkpoint directory, or a hub repo id")
     parser.add_argument("--out_dir", required=True, help="where to write the converted checkpoint")

@@ -427,10 +427,17 @@ def main(
         print(json.dumps(jsonable(result), default=float))
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, but for those that the help tells in words, whose value is None."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description="Perplexity of a Llama-family checkpoint on a text file, or its lm-evaluation-harness scores.",
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=110, max_help_position=32),
+        formatter_class=lambda prog: Help(prog, width=110, max_help_position=32),
     )
     p.error = lambda message: p.exit(2, f"{p.prog}: {message}\n")  # one line, as for every other error
     a = p.add_argument

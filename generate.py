@@ -759,12 +759,19 @@ def main(
         print(json.dumps((results[-1] if results else {}) | {"samples": results}))
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, but for those that the help tells in words, whose value is None."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description="Generate text from a Llama-family checkpoint; with no argument, from the bundled demo model.",
         epilog=f"Compiled code is kept in {CACHE_DIR / 'inductor'} (TORCHINDUCTOR_CACHE_DIR moves it), "
         "so a second --compile of the same model starts faster.",
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=110, max_help_position=32),
+        formatter_class=lambda prog: Help(prog, width=110, max_help_position=32),
     )
     p.error = lambda message: p.exit(2, f"{p.prog}: {message}\n")  # one line, as for every other error
     a = p.add_argument

@@ -593,10 +593,17 @@ def main(checkpoint_path: str, mode: str, groupsize: int | None, method: str | N
         print(json.dumps(figures))
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, but for those that the help tells in words, whose value is None."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description="Write a quantized copy of a checkpoint. It loads on any device, without --quant.",
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=110, max_help_position=32),
+        formatter_class=lambda prog: Help(prog, width=110, max_help_position=32),
     )
     p.error = lambda message: p.exit(2, f"{p.prog}: {message}\n")
     a = p.add_argument

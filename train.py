@@ -292,10 +292,17 @@ def main(text, valid_text, config, checkpoint_path, tokenizer, out_dir, device, 
     return 130 if figures["stopped"] else 0
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, but for those that the help tells in words, whose value is None."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     """The command line; `python train.py --help` is its reference."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+                                     formatter_class=Help)  # fmt: skip
     add = parser.add_argument
     add("--text", nargs="+", required=True, metavar="FILE", help="training text, .txt or .txt.xz")
     add("--valid_text", metavar="FILE", help="held-out text")
