@@ -271,6 +271,10 @@ ATTEND_ROWS = 64  # new tokens times query heads a kv head, at most
 
 def _attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, scale, softcap, window, eps, offset):
     """The operator hotloop::attend, see FusedAttention. Mutates the caches; `count` is zero before and after."""
+    if _kernels_cuda() and _kernels_cuda().supports_attend(qkv, k_cache, group):
+        return _kernels_cuda().attend(
+            qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, scale, softcap, window, eps, offset
+        )
     B, T = qkv.shape[:2]
     # The kernel reads positions before it waits for the kernel before it. Those of one token are as old as the step;
     # others may have just been computed, or copied here.

@@ -14,6 +14,7 @@ Sources: the CUDA driver API (cuLaunchKernelEx, cuTensorMapEncodeTiled) and NVRT
 
 import ctypes
 import functools
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,21 +80,57 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     maps = [_tensor_map(weight.data_ptr(), N * (2 if activation else 1), K * 128 // COLUMNS[kind], 128, CHUNK // 128)]
     if kind == 3:  # a word for the scale and zero of each group
         maps.append(_tensor_map(scale.data_ptr(), *scale.shape[:1], scale.shape[1] * 4, 32, CHUNK // 4 // group))
-    pointers = [0 if t is None else t.data_ptr() for t in (None if kind == 3 else scale, x, bias, norm, residual, y)]
-    values = [maps[0], maps[-1], *map(ctypes.c_void_p, pointers), *map(ctypes.c_int, (M, N, K))]
-    values += [ctypes.c_float(eps), ctypes.c_float(offset)]
-    values += map(ctypes.c_int, (ACTIVATIONS[activation], plan.stages, plan.panels))
-    parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-    attribute = _Attribute(id=6)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value[0] = 1
-    config = _Config(
-        grid=(_multiprocessors(x.device), 1, 1), block=(WARPS * 32 + 32, 1, 1), shared=plan.shared,
-        stream=torch.cuda.current_stream(x.device).cuda_stream, attributes=ctypes.pointer(attribute), n_attributes=1,
-    )  # fmt: skip
-    with torch.cuda.device(x.device):
-        function = _function(kind, group, plan.room, x.device)
-        _check(_libraries()[1].cuLaunchKernelEx(ctypes.byref(config), function, parameters, None), "cuLaunchKernelEx")
+    pointers = [None if kind == 3 else scale, x, bias, norm, residual, y]
+    values = [maps[0], maps[-1], *pointers, M, N, K, eps, offset, ACTIVATIONS[activation], plan.stages, plan.panels]
+    values.append(_tickets(x.device)[next(_turns) % TURNS] if plan.dynamic else None)
+    options = (f"KIND={kind}", f"GROUP={group}", f"ROOM={plan.room}", f"CHUNK={CHUNK}")
+    function = _function("linear", options, x.device)
+    _launch(function, (_multiprocessors(x.device), 1), WARPS * 32 + 64, plan.shared, values, x.device)
     return y
+
+
+HEAD_DIMS, MAX_TOKENS, MAX_QUERIES = (64, 128), 8, 32  # of `attend`: new tokens, and rows of queries, to a kv head
+
+
+def supports_attend(qkv: Tensor, k_cache: Tensor, group: int) -> bool:
+    """Whether `attend` should take these: bf16, few new tokens."""
+    B, T = qkv.shape[:2]
+    K, _, D = k_cache.shape[1:]
+    return (
+        D in HEAD_DIMS and T <= MAX_TOKENS and T * group <= MAX_QUERIES and available(qkv.device)
+        and qkv.dtype == k_cache.dtype == torch.bfloat16 and k_cache.is_contiguous()
+    )  # fmt: skip
+
+
+def attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, scale, softcap, window, eps, offset):
+    """The operator hotloop::attend (see kernels.FusedAttention) for what `supports_attend` accepts.
+
+    qkv bf16 [B, T, (H + 2K) D], which may be on its way from the kernel before this one; cos and sin float32
+    [B, T, 1, D/2], pos int64 [B, T]; caches bf16 [B or more, K, S, D], which are written to; count int32, zero before
+    and after. -> bf16 [B, T, H D].
+    """
+    B, T = qkv.shape[:2]
+    K, S, D = k_cache.shape[1:]
+    qkv, pos = qkv.contiguous(), pos.contiguous()
+    # Enough blocks to fill the GPU at long contexts; those with nothing to do at a short one return at once.
+    splits = max(1, min(64, 2 * _multiprocessors(qkv.device) // (B * K), -(-S // 256)))
+    y = torch.empty(B, T, K * group * D, dtype=qkv.dtype, device=qkv.device)
+    part = torch.empty(B * K * splits * group * T * (D + 2), device=qkv.device)
+    values = [qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, T, K, group, S]
+    values += [scale, softcap, window, eps, offset]
+    tiles = next(n for n in (1, 2, 4) if group * T <= 8 * n)
+    function = _function("attend", (f"D={D}", f"TILES={tiles}"), qkv.device)
+    _launch(function, (B * K, splits), WARPS * 32, 0, values, qkv.device)
+    return y
+
+
+TURNS = 64  # counters of tiles: kernels that overlap have different ones
+_turns = itertools.count()
+
+
+@functools.cache
+def _tickets(device: torch.device) -> Tensor:
+    return torch.zeros(TURNS, 2, dtype=torch.int32, device=device)
 
 
 class Plan(NamedTuple):
@@ -102,6 +139,7 @@ class Plan(NamedTuple):
     room: int  # rows of x that the variant has room for
     stages: int  # of weights
     panels: int  # parts of x's columns that are there one after another
+    dynamic: bool  # whether blocks take tiles as they are ready for them, rather than an even share
     shared: int  # bytes in all
 
 
@@ -109,7 +147,7 @@ class Plan(NamedTuple):
 def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: torch.device) -> Plan:
     """One block to a multiprocessor, as few panels as leave room for most stages; laid out as kernels_cuda.cu does."""
     room, most = next(r for r in (1, 2, 4, 8) if M <= r), _shared_memory(device)
-    stage = TILE_ROWS * CHUNK + (TILE_ROWS * CHUNK * 8 // group if kind == 3 else 0) + 16
+    stage = TILE_ROWS * CHUNK + (TILE_ROWS * CHUNK * 8 // group if kind == 3 else 0) + 24
     in_chunk = CHUNK * COLUMNS[kind] // 128  # columns
     chunks = -(-K // in_chunk)
     rounds = N // (TILE_ROWS // (2 if pairs else 1) * _multiprocessors(device))
@@ -121,10 +159,10 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
         units = (0, 0, M * columns // 128 * 4, M * columns // 32 * 8)[kind]
         parts = 2 * WARPS * TILE_ROWS * room * 4
         totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
-        base = x + units + parts + totals
+        base = x + units + parts + totals + 32
         stages = min(MAX_STAGES, (most - base) // stage)
         if columns * (panels - 1) < K:  # the last panel is not empty
-            plans.append(Plan(room, stages, panels, base + stages * stage))
+            plans.append(Plan(room, stages, panels, panels == 1 and rounds >= 4, base + stages * stage))
     return max(plans, key=lambda plan: (plan.stages, -plan.panels))
 
 
@@ -185,32 +223,47 @@ def _tensor_map(pointer: int, rows: int, row_bytes: int, box_bytes: int, count: 
 
 
 @functools.cache
-def _function(kind: int, group: int, room: int, device: torch.device) -> ctypes.c_void_p:
-    """The kernel of a variant, compiled and loaded on a device, which is the current one."""
+def _function(name: str, options: tuple[str, ...], device: torch.device) -> ctypes.c_void_p:
+    """A variant of the kernel of that name, compiled and loaded on a device."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     nvrtc, cuda = _libraries()
-    options = [f"-DKIND={kind}", f"-DGROUP={group}", f"-DROOM={room}", f"-DCHUNK={CHUNK}"]
     major, minor = torch.cuda.get_device_capability(device)
-    cubin = _compile(nvrtc, [*options, f"-arch=sm_{major}{minor}"])
-    _check(cuda.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
-    _check(cuda.cuModuleGetFunction(ctypes.byref(function), module, b"linear"), "cuModuleGetFunction")
-    # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _check(cuda.cuFuncSetAttribute(function, 8, _shared_memory(device)), "cuFuncSetAttribute")
+    cubin = _compile(nvrtc, f"{name}_cuda.cu", [*(f"-D{o}" for o in options), f"-arch=sm_{major}{minor}"])
+    with torch.cuda.device(device):
+        _check(cuda.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
+        _check(cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
+        if name == "linear":  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(cuda.cuFuncSetAttribute(function, 8, _shared_memory(device)), "cuFuncSetAttribute")
     return function
 
 
-def _compile(nvrtc: ctypes.CDLL, options: list[str]) -> bytes:
-    """kernels_cuda.cu -> machine code."""
-    source = Path(__file__).with_name("kernels_cuda.cu").read_bytes()
+def _launch(function: ctypes.c_void_p, grid: tuple[int, int], threads: int, shared: int, values: list, device) -> None:
+    """Launch a kernel that may start while the one before it ends. values: tensors, None, numbers, ctypes objects."""
+    kinds = {int: ctypes.c_int, float: ctypes.c_float, type(None): ctypes.c_void_p}
+    values = [ctypes.c_void_p(v.data_ptr()) if isinstance(v, Tensor) else kinds.get(type(v), lambda v: v)(v) for v in values]
+    parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+    attribute = _Attribute(id=6)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value[0] = 1
+    config = _Config(
+        grid=(*grid, 1), block=(threads, 1, 1), shared=shared, stream=torch.cuda.current_stream(device).cuda_stream,
+        attributes=ctypes.pointer(attribute), n_attributes=1,
+    )  # fmt: skip
+    with torch.cuda.device(device):
+        _check(_libraries()[1].cuLaunchKernelEx(ctypes.byref(config), function, parameters, None), "cuLaunchKernelEx")
+
+
+def _compile(nvrtc: ctypes.CDLL, file: str, options: list[str]) -> bytes:
+    """A file beside this one -> machine code."""
+    source = Path(__file__).with_name(file).read_bytes()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels_cuda.cu", 0, None, None)
+    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, file.encode(), 0, None, None)
     _check(created, "nvrtcCreateProgram")
     given = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     if nvrtc.nvrtcCompileProgram(program, len(options), given):
         nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"kernels_cuda.cu does not compile: {log.value.decode()}")
+        raise RuntimeError(f"{file} does not compile: {log.value.decode()}")
     _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "nvrtcGetCUBINSize")
     cubin = ctypes.create_string_buffer(size.value)
     _check(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")

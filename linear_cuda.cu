@@ -19,9 +19,10 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 struct alignas(64) TensorMap { u8 opaque[128]; };
 
-constexpr int WARPS = 8, THREADS = WARPS * 32;     // that multiply; one more sends for weights
+constexpr int WARPS = 8, THREADS = WARPS * 32;     // that multiply; one more sends for weights, one finishes sums
 constexpr int ROWS = 16, HALF = 8 * CHUNK;         // rows of W in a stage, and bytes of eight of them
 constexpr bool FLOAT = KIND < 2;
+constexpr int CHAINS = KIND == 1 ? 4 : 2;          // of products that wait for one another
 constexpr int TILES = !FLOAT && ROOM > 4 ? 2 : 1;  // of 8 columns: a row of x is two of them, if it is integers
 constexpr int BOXES = KIND == 3 ? CHUNK * 2 / GROUP / 8 : 0;  // of 8 scales and zeros for 8 rows of W
 constexpr int STAGE = 2 * HALF + 2 * BOXES * 256;
@@ -35,6 +36,15 @@ __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_gener
 __device__ __forceinline__ void wait_for(u32 barrier, u32 phase) {
     asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again; }"
                  :: "r"(barrier), "r"(phase) : "memory");
+}
+
+__device__ __forceinline__ void set_up(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier, int lane) {  // once a warp, for all of its lanes
+    __syncwarp();
+    if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
@@ -102,6 +112,105 @@ __device__ __forceinline__ Tile tile_at(int i, int N, int step) {
     return {rounds * step * blocks + first, i > rounds ? 0 : rest * (block + 1) / blocks - first};
 }
 
+struct Ring {  // of stages of weights, as its writer or a reader goes round it
+    u32 full, empty;
+    int size, stage, parity;
+    __device__ __forceinline__ void next() { if (++stage == size) stage = 0, parity ^= 1; }
+    __device__ __forceinline__ void release(int lane) { arrive(empty + stage * 8, lane), next(); }
+};
+
+// By the warp that sends for weights. A tile without rows is the end of a panel. taken: tiles of all blocks so far,
+// where whoever is faster takes more of them, and blocks that have ended; zero before and after. Else an even share.
+__device__ __forceinline__ void send(Ring ring, const TensorMap& w, const TensorMap& scale_zero, u8* shared, Tile* tile_of,
+                                     int N, int step, bool pairs, int chunks, int a_panel, int panels, u32* taken) {
+    for (int panel = 0; panel < panels; panel++) {
+        const int first = panel * a_panel, count = min(a_panel, chunks - first);
+        int ticket = blockIdx.x;
+        for (int i = 0;; i++) {
+            const Tile tile = taken ? Tile{ticket * step, max(min(step, N - ticket * step), 0)} : tile_at(i, N, step);
+            const int second = pairs ? N + tile.n : tile.n + 8;
+            const bool both = tile.rows && (pairs || tile.rows > 8);
+            if (taken && tile.rows) ticket = gridDim.x + atomicAdd(taken, 1);
+            // Blocks go round a row from different chunks on: together they read all memory channels.
+            for (int k = 0, chunk = blockIdx.x % count; k < count; k++, chunk = chunk + 1 < count ? chunk + 1 : 0) {
+                const u32 barrier = ring.full + ring.stage * 8, to = address(shared + ring.stage * STAGE);
+                wait_for(ring.empty + ring.stage * 8, ring.parity ^ 1);
+                tile_of[ring.stage] = tile;
+                ring.next();
+                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                             :: "r"(barrier), "r"(both ? STAGE : tile.rows ? STAGE / 2 : 0) : "memory");
+                if (!tile.rows) break;
+                copy(to, &w, tile.n, (first + chunk) * (CHUNK / 128), barrier);
+                if (both) copy(to + HALF, &w, second, (first + chunk) * (CHUNK / 128), barrier);
+                if (KIND == 3) {
+                    copy(to + 2 * HALF, &scale_zero, tile.n, (first + chunk) * BOXES, barrier);
+                    if (both) copy(to + 2 * HALF + BOXES * 256, &scale_zero, second, (first + chunk) * BOXES, barrier);
+                }
+            }
+            if (!tile.rows) break;
+        }
+    }
+    if (taken && atomicAdd(taken + 1, 1) == gridDim.x - 1) taken[0] = taken[1] = 0;
+}
+
+// By the warp that adds up what the others have summed, and stores outputs.
+__device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const float* parts, float* totals, u32 summed,
+                                       const float* scale, const u16* bias, const u16* residual, u16* y, int M, int N,
+                                       int step, int activation, int chunks, int a_panel, int panels) {
+    const int lane = threadIdx.x % 32, r = lane % ROWS;
+    const bool pairs = activation != 0;
+    constexpr int EACH = ROOM == 1 ? 1 : ROOM / 2;
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    int turn = 0;
+    for (int panel = 0; panel < panels; panel++)
+        for (int i = 0;; i++, turn++) {
+            wait_for(ring.full + ring.stage * 8, ring.parity);
+            const Tile tile = tile_of[ring.stage];
+            ring.release(lane);
+            if (!tile.rows) break;
+            // What is needed in the end is under way while others multiply.
+            const int out = tile.n + r % step;
+            const bool exists = r % step < tile.rows && (pairs || r < tile.rows);
+            const long long row = pairs && r >= step ? N + out : out;
+            float s = 1, b = 0, rest[EACH];
+            if (exists && panel == panels - 1) {
+                if (KIND == 1 || KIND == 2) s = scale[row];
+                if (bias) b = low_bf16(bias[row]);
+                #pragma unroll
+                for (int j = 0; j < EACH; j++) {
+                    const int m = lane / ROWS + 2 * j;
+                    rest[j] = residual && m < M ? low_bf16(residual[(long long)m * N + out]) : 0;
+                }
+            }
+            for (int k = 1; k < min(a_panel, chunks - panel * a_panel); k++) {
+                wait_for(ring.full + ring.stage * 8, ring.parity);
+                ring.release(lane);
+            }
+            wait_for(summed + turn % 2 * 8, turn / 2 % 2);
+            #pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                const int m = ROOM == 1 ? 0 : lane / ROWS + 2 * j;
+                float value = 0;
+                for (int k = 0; k < WARPS; k++) value += parts[((turn % 2 * WARPS + k) * ROWS + r) * ROOM + m];
+                if (panels > 1) {
+                    float* total = totals + (i * ROWS + r) * ROOM + m;
+                    if (panel > 0) value += *total;
+                    if (panel < panels - 1) {
+                        *total = value;
+                        continue;
+                    }
+                }
+                if (KIND == 1) value *= 1152921504606846976.0f;
+                value = value * s + b;
+                const float up = __shfl_down_sync(~0u, value, 8);
+                if (pairs) value = activated(value, activation) * up;
+                if (exists && m < M && !(pairs && r >= step) && lane < (ROOM == 1 ? ROWS : 32))
+                    y[(long long)m * N + out] = to_bf16(value + rest[j]);
+            }
+            arrive(summed + 16 + turn % 2 * 8, lane);
+        }
+}
+
 // Eight neighbouring elements of a row of x (normalized, if there is a norm) into shared memory, as KIND wants them.
 // All lanes of a warp call it, with neighbouring i; those beyond the panel have `valid` false.
 __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans, int m, int i, bool valid, uint4 v,
@@ -156,11 +265,11 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+extern "C" __global__ void __launch_bounds__(THREADS + 64, 1)
 linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap scale_zero, const float* __restrict__ scale,
        const u16* __restrict__ x, const u16* __restrict__ bias, const u16* __restrict__ norm,
        const u16* __restrict__ residual, u16* __restrict__ y, int M, int N, int K, float eps, float offset,
-       int activation, int stages, int panels) {
+       int activation, int stages, int panels, u32* taken) {
     extern __shared__ __align__(1024) u8 shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int bytes = KIND == 0 ? 2 * K : KIND == 3 ? K / 2 : K;                         // of a row of W
@@ -168,49 +277,29 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
     const int columns = a_panel * (KIND == 0 ? CHUNK / 2 : KIND == 3 ? CHUNK * 2 : CHUNK), spans = columns / SPAN;
     const int x_bytes = FLOAT ? 2 * columns : columns, x_pitch = x_bytes + ((X_BANK - x_bytes) & 127);
     const bool pairs = activation != 0;                                                  // rows of gate, and of up
-    const int step = pairs ? ROWS / 2 : ROWS, rounds = N / (step * gridDim.x);
-    const int tiles = rounds + (tile_at(rounds, N, step).rows > 0);
+    const int step = pairs ? ROWS / 2 : ROWS;
     u8* xs = shared + stages * STAGE;
     float* units = (float*)(xs + (FLOAT ? M : 2 * M) * x_pitch);
     float* parts = units + (FLOAT ? 0 : M * spans * (KIND == 3 ? 2 : 1));                // [2][WARPS][ROWS][ROOM]
     float* totals = parts + 2 * WARPS * ROWS * ROOM;                                     // [tiles][ROWS][ROOM]
-    const u32 full = address(totals + (panels > 1 ? (rounds + 1) * ROWS * ROOM : 0)), empty = full + stages * 8;
+    Tile* tile_of = (Tile*)(totals + (panels > 1 ? (N / (step * gridDim.x) + 1) * ROWS * ROOM : 0));  // by stage
+    const u32 full = address(tile_of + stages), empty = full + stages * 8;
+    const u32 summed = empty + stages * 8;                                               // two tiles in turn; finished
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < stages; s++) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full + s * 8));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty + s * 8), "n"(WARPS));
-        }
+        for (int i = 0; i < stages; i++) set_up(full + i * 8, 1), set_up(empty + i * 8, WARPS + 1);
+        for (int i = 0; i < 2; i++) set_up(summed + i * 8, WARPS), set_up(summed + 16 + i * 8, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    Ring ring{full, empty, stages, 0, 0};
 
     if (warp == WARPS) {
-        if (lane != 0) return;
-        int stage = 0;
-        u32 phase = 1;
-        for (int panel = 0; panel < panels; panel++)
-            for (int i = 0; i < tiles; i++) {
-                const Tile tile = tile_at(i, N, step);
-                const int second = pairs ? N + tile.n : tile.n + 8, first_chunk = panel * a_panel;
-                const int count = min(a_panel, chunks - first_chunk);
-                for (int c = 0; c < count; c++) {
-                    // Blocks go round a row from different chunks on: together they read all memory channels.
-                    const int chunk = first_chunk + (c + blockIdx.x) % count;
-                    const bool both = pairs || tile.rows > 8;
-                    const u32 barrier = full + stage * 8, to = address(shared + stage * STAGE);
-                    wait_for(empty + stage * 8, phase);
-                    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                                 :: "r"(barrier), "r"(both ? STAGE : STAGE / 2) : "memory");
-                    copy(to, &w, tile.n, chunk * (CHUNK / 128), barrier);
-                    if (both) copy(to + HALF, &w, second, chunk * (CHUNK / 128), barrier);
-                    if (KIND == 3) {
-                        copy(to + 2 * HALF, &scale_zero, tile.n, chunk * BOXES, barrier);
-                        if (both) copy(to + 2 * HALF + BOXES * 256, &scale_zero, second, chunk * BOXES, barrier);
-                    }
-                    if (++stage == stages) stage = 0, phase ^= 1;
-                }
-            }
+        if (lane == 0) send(ring, w, scale_zero, shared, tile_of, N, step, pairs, chunks, a_panel, panels, taken);
+        return;
+    }
+    if (warp > WARPS) {
+        finish(ring, tile_of, parts, totals, summed, scale, bias, residual, y, M, N, step, activation, chunks, a_panel, panels);
         return;
     }
 
@@ -221,8 +310,10 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
     float inv[ROOM];
     if (keep) {  // what does not depend on the kernel before this one is loaded before
         #pragma unroll
-        for (int j = 0; j < KEEP; j++)
+        for (int j = 0; j < KEEP; j++) {
+            n[j] = make_uint4(0, 0, 0, 0);
             if (norm && threadIdx.x + j * THREADS < items) n[j] = ((const uint4*)norm)[threadIdx.x + j * THREADS];
+        }
     }
     // From here on the kernel before this one is complete; the next one may start, and send for its weights.
     asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
@@ -271,62 +362,45 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
     if (keep) {
         #pragma unroll
         for (int j = 0; j < KEEP; j++)
-            if (j * THREADS < items) {
+            if (j * THREADS < columns / 8) {
                 const int i = threadIdx.x + j * THREADS;
-                put(xs, units, x_pitch, spans, 0, i, i < items, v[j], n[j], norm, offset, inv[0]);
+                put(xs, units, x_pitch, spans, 0, i, i < columns / 8, v[j], n[j], norm, offset, inv[0]);
             }
     }
 
     const bool mine[2] = {g % PLANES < (FLOAT ? M : 2 * M), TILES == 2 && g + 8 < 2 * M};  // columns that exist
-    int stage = 0, turn = 0;
-    u32 phase = 0;
+    int turn = 0;
     for (int panel = 0; panel < panels; panel++) {
         consumers_meet();  // done with the panel before, and with the sums of squares
-        const int first_chunk = panel * a_panel, count = min(a_panel, chunks - first_chunk);
-        const int first_item = panel * columns / 8, last_item = min(items, first_item + columns / 8);
+        const int count = min(a_panel, chunks - panel * a_panel);
         if (!keep) {
-            for (int i0 = first_item; i0 < last_item; i0 += THREADS) {
-                const int i = i0 + threadIdx.x;
-                const bool valid = i < last_item;
-                const uint4 weight = norm && valid ? ((const uint4*)norm)[i] : make_uint4(0, 0, 0, 0);
+            const int first_item = panel * columns / 8;  // zeros beyond the last, which there are no weights for
+            for (int i0 = 0; i0 < columns / 8; i0 += THREADS) {
+                const int i = i0 + threadIdx.x, at = first_item + i;
+                const bool exists = i < columns / 8 && at < items;
+                const uint4 weight = norm && exists ? ((const uint4*)norm)[at] : make_uint4(0, 0, 0, 0);
                 uint4 a[ROOM];
                 #pragma unroll
                 for (int m = 0; m < ROOM; m++)
-                    a[m] = m < M && valid ? load_fresh((const uint4*)x + m * items + i) : make_uint4(0, 0, 0, 0);
+                    a[m] = m < M && exists ? load_fresh((const uint4*)x + m * items + at) : make_uint4(0, 0, 0, 0);
                 #pragma unroll
                 for (int m = 0; m < ROOM; m++)
-                    if (m < M) put(xs, units, x_pitch, spans, m, i - first_item, valid, a[m], weight, norm, offset, inv[m]);
+                    if (m < M) put(xs, units, x_pitch, spans, m, i, i < columns / 8, a[m], weight, norm, offset, inv[m]);
             }
         }
         consumers_meet();
 
-        for (int i = 0; i < tiles; i++, turn++) {
-            const Tile tile = tile_at(i, N, step);
-            // One warp finishes the tile, another one each time; what it needs for that is under way meanwhile.
-            const bool finishes = warp == turn % WARPS;
-            const int r = lane % ROWS, out = tile.n + r % step;
-            const bool exists = r % step < tile.rows && (pairs || r < tile.rows);
-            const long long row = pairs && r >= step ? N + out : out;
-            constexpr int EACH = ROOM == 1 ? 1 : ROOM / 2;
-            float s = 1, b = 0, rest[EACH];
-            if (finishes && exists && panel == panels - 1) {
-                if (KIND == 1 || KIND == 2) s = scale[row];
-                if (bias) b = low_bf16(bias[row]);
+        for (;; turn++) {
+            float c[CHAINS][4] = {}, sum[TILES][2] = {};
+            wait_for(ring.full + ring.stage * 8, ring.parity);
+            const bool end = tile_of[ring.stage].rows == 0;
+            for (int k = 0, chunk = blockIdx.x % count; k < (end ? 0 : count); k++, chunk = chunk + 1 < count ? chunk + 1 : 0) {
+                if (k) wait_for(ring.full + ring.stage * 8, ring.parity);
                 #pragma unroll
-                for (int j = 0; j < EACH; j++) {
-                    const int m = lane / ROWS + 2 * j;
-                    rest[j] = residual && m < M ? low_bf16(residual[(long long)m * N + out]) : 0;
-                }
-            }
-            float c[2][4] = {}, sum[TILES][2] = {};
-            for (int k = 0; k < count; k++) {
-                const int chunk = first_chunk + (k + blockIdx.x) % count, size = min(CHUNK, bytes - chunk * CHUNK);
-                wait_for(full + stage * 8, phase);
-                #pragma unroll
-                for (int block = warp; block < CHUNK / 128; block += WARPS) {
-                    if (block * 128 >= size) break;
-                    const u8* ws = shared + stage * STAGE + block * 1024 + g * 128;
-                    const int at = (chunk - first_chunk) * CHUNK + block * 128;  // byte of the panel's row of W
+                for (int block0 = 0; block0 < CHUNK / 128; block0 += WARPS) {
+                    const int block = block0 + warp;
+                    const u8* ws = shared + ring.stage * STAGE + block * 1024 + g * 128;
+                    const int at = chunk * CHUNK + block * 128;  // byte of the panel's row of W
                     if constexpr (KIND == 3) {
                         #pragma unroll
                         for (int j0 = 0; j0 < 8; j0 += SLOTS) {
@@ -349,7 +423,7 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
                                         (hi >> 4) & 0x0F0F0F0F, here ? v[i].x : 0, here ? v[i].y : 0);
                             }
                             const int slot = j0 + t / (PLANES / 2), group = (block * 8 + slot) * 32 / GROUP;
-                            const u8* ss = shared + stage * STAGE + 2 * HALF + group / 8 * 256 + g * 32 +
+                            const u8* ss = shared + ring.stage * STAGE + 2 * HALF + group / 8 * 256 + g * 32 +
                                            ((group / 4 & 1) ^ (g / 4)) * 16 + group % 4 * 4;
                             const u32 s_lo = *(const u32*)ss, s_hi = *(const u32*)(ss + BOXES * 256);
                             #pragma unroll
@@ -385,7 +459,7 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
                                 for (int j = 0; j < 4; j++) {
                                     u32 l_odd, l_even, h_odd, h_even;
                                     unpack_fp8(l[j], l_odd, l_even), unpack_fp8(h[j], h_odd, h_even);
-                                    mma(c[j % 2], l_odd, h_odd, l_even, h_even, b[2 * j], b[2 * j + 1]);
+                                    mma(c[j % CHAINS], l_odd, h_odd, l_even, h_even, b[2 * j], b[2 * j + 1]);
                                 }
                             } else {
                                 #pragma unroll
@@ -407,19 +481,21 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
                         }
                     }
                 }
-                __syncwarp();
-                if (lane == 0)
-                    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(empty + stage * 8) : "memory");
-                if (++stage == stages) stage = 0, phase ^= 1;
+                ring.release(lane);
+            }
+            if (end) {
+                ring.release(lane);
+                break;
             }
             // Warps took different columns: their sums meet in shared memory, in two places in turn.
-            float* part = parts + (turn & 1) * WARPS * ROWS * ROOM;
-            float* own = part + warp * ROWS * ROOM;
+            wait_for(summed + 16 + turn % 2 * 8, turn / 2 % 2 ^ 1);
+            float* own = parts + (turn % 2 * WARPS + warp) * ROWS * ROOM;
             if constexpr (FLOAT) {
                 for (int j = 0; j < 2; j++)
                     if (2 * t + j < ROOM) {
-                        own[g * ROOM + 2 * t + j] = c[0][j] + c[1][j];
-                        own[(g + 8) * ROOM + 2 * t + j] = c[0][2 + j] + c[1][2 + j];
+                        float lo = 0, hi = 0;
+                        for (int i = 0; i < CHAINS; i++) lo += c[i][j], hi += c[i][2 + j];
+                        own[g * ROOM + 2 * t + j] = lo, own[(g + 8) * ROOM + 2 * t + j] = hi;
                     }
             } else {
                 for (int d = PLANES / 2; d < 4; d *= 2)
@@ -430,29 +506,7 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
                         own[(g + 8) * ROOM + t + 4 * j] = sum[j][1];
                     }
             }
-            consumers_meet();
-            if (finishes) {
-                #pragma unroll
-                for (int j = 0; j < EACH; j++) {
-                    const int m = ROOM == 1 ? 0 : lane / ROWS + 2 * j;
-                    float value = 0;
-                    for (int k = 0; k < WARPS; k++) value += part[(k * ROWS + r) * ROOM + m];
-                    if (panels > 1) {  // the order of panels is that of barriers: no two warps are at a total at a time
-                        float* total = totals + (i * ROWS + r) * ROOM + m;
-                        if (panel > 0) value += *total;
-                        if (panel < panels - 1) {
-                            *total = value;
-                            continue;
-                        }
-                    }
-                    if (KIND == 1) value *= 1152921504606846976.0f;
-                    value = value * s + b;
-                    const float up = __shfl_down_sync(~0u, value, 8);
-                    if (pairs) value = activated(value, activation) * up;
-                    if (exists && m < M && !(pairs && r >= step) && lane < (ROOM == 1 ? ROWS : 32))
-                        y[(long long)m * N + out] = to_bf16(value + rest[j]);
-                }
-            }
+            arrive(summed + turn % 2 * 8, lane);
         }
     }
 }

@@ -1,0 +1,286 @@
+// Attention of a few new tokens over a static KV cache, on Hopper and newer; see kernels_cuda.py, which compiles and
+// launches it.
+//
+// What matters at short contexts is the chain from the first load to the last store, since nothing else can run
+// meanwhile: old keys and values are in registers before the kernel before this one has ended (programmatic dependent
+// launch), and a context of 256 slots is one block's, so that no blocks have to meet. Longer ones are split over blocks.
+//
+// A warp takes 16 slots at a time. Both products are tensor cores' with the slots or the values' columns as the tall
+// side, and up to 8 query rows (the G query heads of each new token) as the narrow one: scores^T = K q^T, and
+// result^T = V^T p^T. Keys and values go from global memory to registers as they lie; products do not care about the
+// order of what they sum over, and where the order of a result's rows is not the memory's, the store makes it so.
+//
+// Set at compilation: D (of a head: 64 or 128), TILES (of 8 query rows: 1, 2 or 4). Sources: PTX ISA (mma.m16n8k16,
+// movmatrix, griddepcontrol), Flash-Decoding (https://pytorch.org/blog/flash-decoding/), online softmax (1805.02867).
+
+typedef unsigned int u32;
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef long long i64;
+
+constexpr int WARPS = 8, THREADS = WARPS * 32;
+constexpr int PITCH = 2 * D + 16;       // bytes from a row in shared memory to the next, over all banks
+constexpr int ITEMS = D / 32;           // of 16 bytes of a key, that a thread holds
+constexpr int PLANES = D / 64;          // of 16 bytes of a value
+constexpr int ACC_PITCH = D + 2;
+#define MINUS_INFINITY __int_as_float(0xFF800000)
+
+__device__ __forceinline__ float low_bf16(u32 v) { return __uint_as_float(v << 16); }
+__device__ __forceinline__ u16 to_bf16(float v) { u16 r; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v)); return r; }
+__device__ __forceinline__ u32 two_bf16(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+// From L2: L1 may remember an earlier kernel's buffer.
+__device__ __forceinline__ u16 load_fresh(const u16* p) { u16 v; asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p)); return v; }
+__device__ __forceinline__ float load_fresh(const float* p) { float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p)); return v; }
+
+__device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ u32 transposed(u32 v) {  // of an 8 x 8 matrix of bf16
+    u32 r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+
+struct Slots {  // sixteen of them: where keys and values are, bytes from one to the next, and the last that exists
+    const u8 *k, *v;
+    int pitch, last;
+};
+
+struct Keys { uint4 of[2][ITEMS]; };      // of slots g and 8 + g: columns 8 (4 i + t) ...
+struct Values { uint4 of[4][PLANES]; };   // of slots 2t, 2t + 1, 2t + 8, 2t + 9: columns 64 i + 8 g ...
+
+__device__ __forceinline__ void load(Keys& keys, const Slots& at) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    #pragma unroll
+    for (int j = 0; j < 2; j++)
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            keys.of[j][i] = *(const uint4*)(at.k + (i64)min(8 * j + g, at.last) * at.pitch + 16 * (4 * i + t));
+}
+
+__device__ __forceinline__ void load(Values& values, const Slots& at) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    #pragma unroll
+    for (int j = 0; j < 4; j++)
+        #pragma unroll
+        for (int i = 0; i < PLANES; i++)
+            values.of[j][i] = *(const uint4*)(at.v + (i64)min(8 * (j / 2) + 2 * t + j % 2, at.last) * at.pitch + 128 * i + 16 * g);
+}
+
+__device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+struct Rows {  // online softmax over slots; query rows 2t and 2t + 1 of each tile
+    float top[TILES][2], total[TILES][2], acc[TILES][4 * PLANES][4];
+};
+
+// Takes 16 more slots into account, where seen(tile, which row, slot).
+template <typename Seen>
+__device__ __forceinline__ void attend(Rows& rows, const u8* q, const Keys& keys, const Values& values, float scale,
+                                       float softcap, Seen seen) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    #pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        float s[4] = {};  // slot g: rows 2t, 2t + 1; slot 8 + g
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const uint4 v = *(const uint4*)(q + (8 * tile + g) * PITCH + 16 * (4 * i + t));
+            const uint4 &lo = keys.of[0][i], &hi = keys.of[1][i];
+            mma(s, lo.x, hi.x, lo.y, hi.y, v.x, v.y);
+            mma(s, lo.z, hi.z, lo.w, hi.w, v.z, v.w);
+        }
+        float p[4];
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float top = rows.top[tile][h];
+            #pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float v = s[2 * j + h] * scale;
+                if (softcap > 0) v = softcap * (1 - 2 / (__expf(2 * v / softcap) + 1));
+                s[2 * j + h] = seen(tile, h, 8 * j + g) ? v : MINUS_INFINITY;
+                top = fmaxf(top, s[2 * j + h]);
+            }
+            for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+            const float base = top == MINUS_INFINITY ? 0 : top, fade = __expf(rows.top[tile][h] - base);
+            p[h] = __expf(s[h] - base), p[2 + h] = __expf(s[2 + h] - base);
+            rows.top[tile][h] = top, rows.total[tile][h] = rows.total[tile][h] * fade + p[h] + p[2 + h];
+            #pragma unroll
+            for (int i = 0; i < 4 * PLANES; i++) rows.acc[tile][i][h] *= fade, rows.acc[tile][i][2 + h] *= fade;
+        }
+        const u32 b0 = transposed(two_bf16(p[0], p[1])), b1 = transposed(two_bf16(p[2], p[3]));
+        #pragma unroll
+        for (int i = 0; i < PLANES; i++)
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {  // columns 64 i + 8 g + 2 j and one more
+                const u32 v[4] = {word(values.of[0][i], j), word(values.of[1][i], j), word(values.of[2][i], j), word(values.of[3][i], j)};
+                mma(rows.acc[tile][4 * i + j], __byte_perm(v[0], v[1], 0x5410), __byte_perm(v[0], v[1], 0x7632),
+                    __byte_perm(v[2], v[3], 0x5410), __byte_perm(v[2], v[3], 0x7632), b0, b1);
+            }
+    }
+}
+
+// Block (row b and kv head, split): its share of the context, for G query heads of T new tokens.
+extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
+attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* __restrict__ sin,
+       const i64* __restrict__ pos, const u16* __restrict__ q_norm, const u16* __restrict__ k_norm, u16* k_cache,
+       u16* v_cache, float* part, u32* count, u16* __restrict__ y, int T, int KV, int G, int S, float scale,
+       float softcap, int window, float eps, float offset) {
+    __shared__ __align__(16) u8 q[8 * TILES * PITCH], k_new[8 * PITCH], v_new[8 * PITCH];
+    __shared__ __align__(16) float accs[WARPS][8][ACC_PITCH], tops[WARPS][8], totals[WARPS][8];
+    __shared__ u32 arrived;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int b = blockIdx.x / KV, head = blockIdx.x % KV, split = blockIdx.y, R = G * T, width = KV * (G + 2) * D;
+
+    const int p = pos[b * T];  // of the first new token: the slots before it are attended to
+    const int first = window ? max(p + 1 - window, 0) : 0;
+    const int share = max((p - first + gridDim.y - 1) / gridDim.y + 127 & ~127, 256);
+    const int n = max((p - first + share - 1) / share, 1);  // splits that have anything to do
+    if (split >= n) return;
+    const bool last = split == n - 1;  // takes the new tokens too
+    const int start = first + split * share, end = min(start + share, p), old = (end - start + 15) / 16, tiles = old + last;
+    const i64 cell = ((i64)b * KV + head) * S * D;
+    const u8 *k_old = (const u8*)(k_cache + cell), *v_old = (const u8*)(v_cache + cell);
+    const auto slots_at = [&](int tile) {
+        const int slot = start + 16 * tile;
+        return tile < old ? Slots{k_old + (i64)slot * 2 * D, v_old + (i64)slot * 2 * D, 2 * D, end - 1 - slot}
+                          : Slots{k_new, v_new, PITCH, T - 1};
+    };
+    Keys keys;
+    Values values;
+    if (warp < old) load(keys, slots_at(warp)), load(values, slots_at(warp));
+    // From here on the kernel before this one is complete; the next one may start, and send for its weights.
+    asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+
+    // Queries, and the new keys: normalized, rotated, into shared memory; new values too.
+    for (int r = warp; r < R + (last ? T : 0); r += WARPS) {
+        const bool query = r < R;
+        const int token = b * T + (query ? r / G : r - R);
+        const u16* from = qkv + (i64)token * width + (query ? head * G + r % G : KV * G + head) * D;
+        const u16* weight = query ? q_norm : k_norm;
+        float lo[PLANES], hi[PLANES], c[PLANES], s[PLANES], squares = 0;
+        #pragma unroll
+        for (int i = 0; i < PLANES; i++) {
+            lo[i] = low_bf16(load_fresh(from + lane + 32 * i)), hi[i] = low_bf16(load_fresh(from + D / 2 + lane + 32 * i));
+            c[i] = cos[(i64)token * (D / 2) + lane + 32 * i], s[i] = sin[(i64)token * (D / 2) + lane + 32 * i];
+            squares += lo[i] * lo[i] + hi[i] * hi[i];
+        }
+        if (weight) {  // rounded as the plain one is
+            for (int d = 16; d; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);
+            const float inv = rsqrtf(squares / D + eps);
+            #pragma unroll
+            for (int i = 0; i < PLANES; i++) {
+                lo[i] = low_bf16(to_bf16(lo[i] * inv * (low_bf16(weight[lane + 32 * i]) + offset)));
+                hi[i] = low_bf16(to_bf16(hi[i] * inv * (low_bf16(weight[D / 2 + lane + 32 * i]) + offset)));
+            }
+        }
+        u16* to = (u16*)(query ? q + r * PITCH : k_new + (r - R) * PITCH);
+        #pragma unroll
+        for (int i = 0; i < PLANES; i++) {
+            to[lane + 32 * i] = to_bf16(lo[i] * c[i] - hi[i] * s[i]);
+            to[D / 2 + lane + 32 * i] = to_bf16(hi[i] * c[i] + lo[i] * s[i]);
+        }
+    }
+    if (last)
+        for (int i = threadIdx.x; i < T * D; i += THREADS)
+            ((u16*)(v_new + i / D * PITCH))[i % D] = load_fresh(qkv + (i64)(b * T + i / D) * width + (KV * (G + 1) + head) * D + i % D);
+    __syncthreads();
+    if (last)
+        for (int i = threadIdx.x; i < T * D; i += THREADS) {
+            const i64 at = cell + pos[b * T + i / D] * D + i % D;
+            k_cache[at] = ((u16*)(k_new + i / D * PITCH))[i % D];
+            v_cache[at] = ((u16*)(v_new + i / D * PITCH))[i % D];
+        }
+
+    Rows rows;
+    int row_pos[TILES][2];
+    #pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {  // rows beyond R are computed from what lies there, and not stored
+            rows.top[tile][h] = MINUS_INFINITY, rows.total[tile][h] = 0;
+            row_pos[tile][h] = pos[b * T + min(8 * tile + 2 * t + h, R - 1) / G];
+        }
+        #pragma unroll
+        for (int i = 0; i < 4 * PLANES; i++)
+            rows.acc[tile][i][0] = rows.acc[tile][i][1] = rows.acc[tile][i][2] = rows.acc[tile][i][3] = 0;
+    }
+    for (int i = warp; i < tiles; i += WARPS) {
+        const Slots at = slots_at(i);
+        if (i >= old || i != warp) load(keys, at), load(values, at);
+        attend(rows, q, keys, values, scale, softcap, [&](int tile, int h, int j) {
+            if (j > at.last) return false;
+            if (i < old) return !window || start + 16 * i + j > row_pos[tile][h] - window;
+            const int here = pos[b * T + j];  // a token that only repeats the one before it is not seen twice
+            return here <= row_pos[tile][h] && (j == 0 || here != pos[b * T + j - 1]) && (!window || here > row_pos[tile][h] - window);
+        });
+    }
+
+    float* mine = part + ((i64)blockIdx.x * gridDim.y + split) * R * (D + 2);  // a row: its result, top and total
+    #pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        // Warps took different slots: they meet.
+        if (tile) __syncthreads();
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float total = rows.total[tile][h];
+            for (int d = 4; d < 32; d *= 2) total += __shfl_xor_sync(~0u, total, d);
+            if (g == 0) tops[warp][2 * t + h] = rows.top[tile][h], totals[warp][2 * t + h] = total;
+            #pragma unroll
+            for (int i = 0; i < PLANES; i++)
+                #pragma unroll
+                for (int j = 0; j < 4; j++)  // rows 0, 2, 4, 6, 1, 3, 5, 7, which spreads these stores over all banks
+                    *(float2*)&accs[warp][4 * h + t][64 * i + 8 * g + 2 * j] =
+                        make_float2(rows.acc[tile][4 * i + j][h], rows.acc[tile][4 * i + j][2 + h]);
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < min(8, R - 8 * tile) * (D / 2); i += THREADS) {
+            const int row = i / (D / 2), d = i % (D / 2) * 2, r = 8 * tile + row;
+            float top = MINUS_INFINITY, total = 0;
+            float2 acc = make_float2(0, 0);
+            #pragma unroll
+            for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w][row]);
+            const float base = top == MINUS_INFINITY ? 0 : top;
+            #pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                const float gain = __expf(tops[w][row] - base);
+                const float2 theirs = *(const float2*)&accs[w][4 * (row % 2) + row / 2][d];
+                total += gain * totals[w][row], acc.x += gain * theirs.x, acc.y += gain * theirs.y;
+            }
+            if (n == 1)
+                *(u32*)(y + (i64)(b * T + r / G) * (KV * G * D) + (head * G + r % G) * D + d) = two_bf16(acc.x / total, acc.y / total);
+            else {
+                *(float2*)(mine + r * (D + 2) + d) = acc;
+                if (d == 0) *(float2*)(mine + r * (D + 2) + D) = make_float2(top, total);
+            }
+        }
+    }
+    if (n == 1) return;
+    // The last block of a kv head to arrive combines them all.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        arrived = atomicAdd(count + blockIdx.x, 1);
+        if (arrived == n - 1) count[blockIdx.x] = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    if (arrived != n - 1) return;
+    const float* all = part + (i64)blockIdx.x * gridDim.y * R * (D + 2);
+    for (int i = threadIdx.x; i < R * D; i += THREADS) {
+        const int r = i / D, d = i % D;
+        float top = MINUS_INFINITY, total = 0, acc = 0;
+        for (int j = 0; j < n; j++) top = fmaxf(top, load_fresh(all + (j * R + r) * (D + 2) + D));
+        const float base = top == MINUS_INFINITY ? 0 : top;
+        #pragma unroll 8
+        for (int j = 0; j < n; j++) {
+            const float* theirs = all + (j * R + r) * (D + 2);
+            const float gain = __expf(load_fresh(theirs + D) - base);
+            total += gain * load_fresh(theirs + D + 1), acc += gain * load_fresh(theirs + d);
+        }
+        y[(i64)(b * T + r / G) * (KV * G * D) + (head * G + r % G) * D + d] = to_bf16(acc / total);
+    }
+}
