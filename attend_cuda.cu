@@ -5,12 +5,12 @@
 // meanwhile: old keys and values are in registers before the kernel before this one has ended (programmatic dependent
 // launch), and a context of 256 slots is one block's, so that no blocks have to meet. Longer ones are split over blocks.
 //
-// A warp takes 16 slots at a time. Both products are tensor cores' with the slots or the values' columns as the tall
-// side, and up to 8 query rows (the G query heads of each new token) as the narrow one: scores^T = K q^T, and
-// result^T = V^T p^T. Keys and values go from global memory to registers as they lie; products do not care about the
+// A block takes up to 8 query rows: the G query heads of a new token, and those of the tokens after it; more rows are
+// other blocks'. A warp takes 16 slots at a time. Both products are tensor cores' with the slots or the values' columns
+// as the tall side, and the query rows as the narrow one: scores^T = K q^T, and result^T = V^T p^T. Keys and values go from global memory to registers as they lie; products do not care about the
 // order of what they sum over, and where the order of a result's rows is not the memory's, the store makes it so.
 //
-// Set at compilation: D (of a head: 64 or 128), TILES (of 8 query rows: 1, 2 or 4). Sources: PTX ISA (mma.m16n8k16,
+// Set at compilation: D (of a head: 64 or 128). Sources: PTX ISA (mma.m16n8k16,
 // movmatrix, griddepcontrol), Flash-Decoding (https://pytorch.org/blog/flash-decoding/), online softmax (1805.02867).
 
 typedef unsigned int u32;
@@ -74,66 +74,63 @@ __device__ __forceinline__ void load(Values& values, const Slots& at) {
 
 __device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-struct Rows {  // online softmax over slots; query rows 2t and 2t + 1 of each tile
-    float top[TILES][2], total[TILES][2], acc[TILES][4 * PLANES][4];
+struct Rows {  // online softmax over slots, of query rows 2t and 2t + 1
+    float top[2], total[2], acc[4 * PLANES][4];
 };
 
-// Takes 16 more slots into account, where seen(tile, which row, slot).
+// Takes 16 more slots into account, where seen(which row, slot).
 template <typename Seen>
 __device__ __forceinline__ void attend(Rows& rows, const u8* q, const Keys& keys, const Values& values, float scale,
                                        float softcap, Seen seen) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float s[4] = {};  // slot g: rows 2t, 2t + 1; slot 8 + g
     #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        float s[4] = {};  // slot g: rows 2t, 2t + 1; slot 8 + g
-        #pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
-            const uint4 v = *(const uint4*)(q + (8 * tile + g) * PITCH + 16 * (4 * i + t));
-            const uint4 &lo = keys.of[0][i], &hi = keys.of[1][i];
-            mma(s, lo.x, hi.x, lo.y, hi.y, v.x, v.y);
-            mma(s, lo.z, hi.z, lo.w, hi.w, v.z, v.w);
-        }
-        float p[4];
-        #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float top = rows.top[tile][h];
-            #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                float v = s[2 * j + h] * scale;
-                if (softcap > 0) v = softcap * (1 - 2 / (__expf(2 * v / softcap) + 1));
-                s[2 * j + h] = seen(tile, h, 8 * j + g) ? v : MINUS_INFINITY;
-                top = fmaxf(top, s[2 * j + h]);
-            }
-            for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-            const float base = top == MINUS_INFINITY ? 0 : top, fade = __expf(rows.top[tile][h] - base);
-            p[h] = __expf(s[h] - base), p[2 + h] = __expf(s[2 + h] - base);
-            rows.top[tile][h] = top, rows.total[tile][h] = rows.total[tile][h] * fade + p[h] + p[2 + h];
-            #pragma unroll
-            for (int i = 0; i < 4 * PLANES; i++) rows.acc[tile][i][h] *= fade, rows.acc[tile][i][2 + h] *= fade;
-        }
-        const u32 b0 = transposed(two_bf16(p[0], p[1])), b1 = transposed(two_bf16(p[2], p[3]));
-        #pragma unroll
-        for (int i = 0; i < PLANES; i++)
-            #pragma unroll
-            for (int j = 0; j < 4; j++) {  // columns 64 i + 8 g + 2 j and one more
-                const u32 v[4] = {word(values.of[0][i], j), word(values.of[1][i], j), word(values.of[2][i], j), word(values.of[3][i], j)};
-                mma(rows.acc[tile][4 * i + j], __byte_perm(v[0], v[1], 0x5410), __byte_perm(v[0], v[1], 0x7632),
-                    __byte_perm(v[2], v[3], 0x5410), __byte_perm(v[2], v[3], 0x7632), b0, b1);
-            }
+    for (int i = 0; i < ITEMS; i++) {
+        const uint4 v = *(const uint4*)(q + g * PITCH + 16 * (4 * i + t)), &lo = keys.of[0][i], &hi = keys.of[1][i];
+        mma(s, lo.x, hi.x, lo.y, hi.y, v.x, v.y);
+        mma(s, lo.z, hi.z, lo.w, hi.w, v.z, v.w);
     }
+    float p[4];
+    #pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float top = rows.top[h];
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float v = s[2 * j + h] * scale;
+            if (softcap > 0) v = softcap * (1 - 2 / (__expf(2 * v / softcap) + 1));
+            s[2 * j + h] = seen(h, 8 * j + g) ? v : MINUS_INFINITY;
+            top = fmaxf(top, s[2 * j + h]);
+        }
+        for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+        const float base = top == MINUS_INFINITY ? 0 : top, fade = __expf(rows.top[h] - base);
+        p[h] = __expf(s[h] - base), p[2 + h] = __expf(s[2 + h] - base);
+        rows.top[h] = top, rows.total[h] = rows.total[h] * fade + p[h] + p[2 + h];
+        #pragma unroll
+        for (int i = 0; i < 4 * PLANES; i++) rows.acc[i][h] *= fade, rows.acc[i][2 + h] *= fade;
+    }
+    const u32 b0 = transposed(two_bf16(p[0], p[1])), b1 = transposed(two_bf16(p[2], p[3]));
+    #pragma unroll
+    for (int i = 0; i < PLANES; i++)
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {  // columns 64 i + 8 g + 2 j and one more
+            const u32 v[4] = {word(values.of[0][i], j), word(values.of[1][i], j), word(values.of[2][i], j), word(values.of[3][i], j)};
+            mma(rows.acc[4 * i + j], __byte_perm(v[0], v[1], 0x5410), __byte_perm(v[0], v[1], 0x7632),
+                __byte_perm(v[2], v[3], 0x5410), __byte_perm(v[2], v[3], 0x7632), b0, b1);
+        }
 }
 
-// Block (row b and kv head, split): its share of the context, for G query heads of T new tokens.
-extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
+// Block (row b, kv head and eight query rows; split): its share of the context.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* __restrict__ sin,
        const i64* __restrict__ pos, const u16* __restrict__ q_norm, const u16* __restrict__ k_norm, u16* k_cache,
        u16* v_cache, float* part, u32* count, u16* __restrict__ y, int T, int KV, int G, int S, float scale,
        float softcap, int window, float eps, float offset) {
-    __shared__ __align__(16) u8 q[8 * TILES * PITCH], k_new[8 * PITCH], v_new[8 * PITCH];
+    __shared__ __align__(16) u8 q[8 * PITCH], k_new[8 * PITCH], v_new[8 * PITCH];
     __shared__ __align__(16) float accs[WARPS][8][ACC_PITCH], tops[WARPS][8], totals[WARPS][8];
     __shared__ u32 arrived;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int b = blockIdx.x / KV, head = blockIdx.x % KV, split = blockIdx.y, R = G * T, width = KV * (G + 2) * D;
+    const int parts = (G * T + 7) / 8, r0 = blockIdx.x % parts * 8, R = min(8, G * T - r0);  // rows r0 ... r0 + R - 1
+    const int b = blockIdx.x / parts / KV, head = blockIdx.x / parts % KV, split = blockIdx.y, width = KV * (G + 2) * D;
 
     const int p = pos[b * T];  // of the first new token: the slots before it are attended to
     const int first = window ? max(p + 1 - window, 0) : 0;
@@ -158,8 +155,8 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     // Queries, and the new keys: normalized, rotated, into shared memory; new values too.
     for (int r = warp; r < R + (last ? T : 0); r += WARPS) {
         const bool query = r < R;
-        const int token = b * T + (query ? r / G : r - R);
-        const u16* from = qkv + (i64)token * width + (query ? head * G + r % G : KV * G + head) * D;
+        const int token = b * T + (query ? (r0 + r) / G : r - R);
+        const u16* from = qkv + (i64)token * width + (query ? head * G + (r0 + r) % G : KV * G + head) * D;
         const u16* weight = query ? q_norm : k_norm;
         float lo[PLANES], hi[PLANES], c[PLANES], s[PLANES], squares = 0;
         #pragma unroll
@@ -188,7 +185,7 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
         for (int i = threadIdx.x; i < T * D; i += THREADS)
             ((u16*)(v_new + i / D * PITCH))[i % D] = load_fresh(qkv + (i64)(b * T + i / D) * width + (KV * (G + 1) + head) * D + i % D);
     __syncthreads();
-    if (last)
+    if (last && r0 == 0)
         for (int i = threadIdx.x; i < T * D; i += THREADS) {
             const i64 at = cell + pos[b * T + i / D] * D + i % D;
             k_cache[at] = ((u16*)(k_new + i / D * PITCH))[i % D];
@@ -196,66 +193,61 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
         }
 
     Rows rows;
-    int row_pos[TILES][2];
+    int row_pos[2];
     #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        #pragma unroll
-        for (int h = 0; h < 2; h++) {  // rows beyond R are computed from what lies there, and not stored
-            rows.top[tile][h] = MINUS_INFINITY, rows.total[tile][h] = 0;
-            row_pos[tile][h] = pos[b * T + min(8 * tile + 2 * t + h, R - 1) / G];
-        }
-        #pragma unroll
-        for (int i = 0; i < 4 * PLANES; i++)
-            rows.acc[tile][i][0] = rows.acc[tile][i][1] = rows.acc[tile][i][2] = rows.acc[tile][i][3] = 0;
+    for (int h = 0; h < 2; h++) {  // rows beyond R are computed from what lies there, and not stored
+        rows.top[h] = MINUS_INFINITY, rows.total[h] = 0;
+        row_pos[h] = pos[b * T + (r0 + min(2 * t + h, R - 1)) / G];
     }
+    #pragma unroll
+    for (int i = 0; i < 4 * PLANES; i++) rows.acc[i][0] = rows.acc[i][1] = rows.acc[i][2] = rows.acc[i][3] = 0;
     for (int i = warp; i < tiles; i += WARPS) {
         const Slots at = slots_at(i);
         if (i >= old || i != warp) load(keys, at), load(values, at);
-        attend(rows, q, keys, values, scale, softcap, [&](int tile, int h, int j) {
+        attend(rows, q, keys, values, scale, softcap, [&](int h, int j) {
             if (j > at.last) return false;
-            if (i < old) return !window || start + 16 * i + j > row_pos[tile][h] - window;
+            if (i < old) return !window || start + 16 * i + j > row_pos[h] - window;
             const int here = pos[b * T + j];  // a token that only repeats the one before it is not seen twice
-            return here <= row_pos[tile][h] && (j == 0 || here != pos[b * T + j - 1]) && (!window || here > row_pos[tile][h] - window);
+            return here <= row_pos[h] && (j == 0 || here != pos[b * T + j - 1]) && (!window || here > row_pos[h] - window);
         });
     }
 
-    float* mine = part + ((i64)blockIdx.x * gridDim.y + split) * R * (D + 2);  // a row: its result, top and total
+    // Warps took different slots: they meet.
     #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        // Warps took different slots: they meet.
-        if (tile) __syncthreads();
+    for (int h = 0; h < 2; h++) {
+        float total = rows.total[h];
+        for (int d = 4; d < 32; d *= 2) total += __shfl_xor_sync(~0u, total, d);
+        if (g == 0) tops[warp][2 * t + h] = rows.top[h], totals[warp][2 * t + h] = total;
         #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float total = rows.total[tile][h];
-            for (int d = 4; d < 32; d *= 2) total += __shfl_xor_sync(~0u, total, d);
-            if (g == 0) tops[warp][2 * t + h] = rows.top[tile][h], totals[warp][2 * t + h] = total;
+        for (int i = 0; i < PLANES; i++)
             #pragma unroll
-            for (int i = 0; i < PLANES; i++)
-                #pragma unroll
-                for (int j = 0; j < 4; j++)  // rows 0, 2, 4, 6, 1, 3, 5, 7, which spreads these stores over all banks
-                    *(float2*)&accs[warp][4 * h + t][64 * i + 8 * g + 2 * j] =
-                        make_float2(rows.acc[tile][4 * i + j][h], rows.acc[tile][4 * i + j][2 + h]);
+            for (int j = 0; j < 4; j++)  // rows 0, 2, 4, 6, 1, 3, 5, 7, which spreads these stores over all banks
+                *(float2*)&accs[warp][4 * h + t][64 * i + 8 * g + 2 * j] =
+                    make_float2(rows.acc[4 * i + j][h], rows.acc[4 * i + j][2 + h]);
+    }
+    __syncthreads();
+    const auto place = [&](int r, int d) {  // in y
+        return y + (i64)(b * T + (r0 + r) / G) * (KV * G * D) + (head * G + (r0 + r) % G) * D + d;
+    };
+    float* mine = part + ((i64)blockIdx.x * gridDim.y * 8 + split * R) * (D + 2);  // a row: its result, top and total
+    for (int i = threadIdx.x; i < R * (D / 2); i += THREADS) {
+        const int r = i / (D / 2), d = i % (D / 2) * 2;
+        float top = MINUS_INFINITY, total = 0;
+        float2 acc = make_float2(0, 0);
+        #pragma unroll
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w][r]);
+        const float base = top == MINUS_INFINITY ? 0 : top;
+        #pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float gain = __expf(tops[w][r] - base);
+            const float2 theirs = *(const float2*)&accs[w][4 * (r % 2) + r / 2][d];
+            total += gain * totals[w][r], acc.x += gain * theirs.x, acc.y += gain * theirs.y;
         }
-        __syncthreads();
-        for (int i = threadIdx.x; i < min(8, R - 8 * tile) * (D / 2); i += THREADS) {
-            const int row = i / (D / 2), d = i % (D / 2) * 2, r = 8 * tile + row;
-            float top = MINUS_INFINITY, total = 0;
-            float2 acc = make_float2(0, 0);
-            #pragma unroll
-            for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w][row]);
-            const float base = top == MINUS_INFINITY ? 0 : top;
-            #pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                const float gain = __expf(tops[w][row] - base);
-                const float2 theirs = *(const float2*)&accs[w][4 * (row % 2) + row / 2][d];
-                total += gain * totals[w][row], acc.x += gain * theirs.x, acc.y += gain * theirs.y;
-            }
-            if (n == 1)
-                *(u32*)(y + (i64)(b * T + r / G) * (KV * G * D) + (head * G + r % G) * D + d) = two_bf16(acc.x / total, acc.y / total);
-            else {
-                *(float2*)(mine + r * (D + 2) + d) = acc;
-                if (d == 0) *(float2*)(mine + r * (D + 2) + D) = make_float2(top, total);
-            }
+        if (n == 1)
+            *(u32*)place(r, d) = two_bf16(acc.x / total, acc.y / total);
+        else {
+            *(float2*)(mine + r * (D + 2) + d) = acc;
+            if (d == 0) *(float2*)(mine + r * (D + 2) + D) = make_float2(top, total);
         }
     }
     if (n == 1) return;
@@ -269,7 +261,7 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     }
     __syncthreads();
     if (arrived != n - 1) return;
-    const float* all = part + (i64)blockIdx.x * gridDim.y * R * (D + 2);
+    const float* all = part + (i64)blockIdx.x * gridDim.y * 8 * (D + 2);
     for (int i = threadIdx.x; i < R * D; i += THREADS) {
         const int r = i / D, d = i % D;
         float top = MINUS_INFINITY, total = 0, acc = 0;
@@ -281,6 +273,6 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
             const float gain = __expf(load_fresh(theirs + D) - base);
             total += gain * load_fresh(theirs + D + 1), acc += gain * load_fresh(theirs + d);
         }
-        y[(i64)(b * T + r / G) * (KV * G * D) + (head * G + r % G) * D + d] = to_bf16(acc / total);
+        *place(r, d) = to_bf16(acc / total);
     }
 }

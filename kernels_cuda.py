@@ -89,7 +89,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     return y
 
 
-HEAD_DIMS, MAX_TOKENS, MAX_QUERIES = (64, 128), 8, 32  # of `attend`: new tokens, and rows of queries, to a kv head
+HEAD_DIMS, MAX_TOKENS, ATTEND_ROWS = (64, 128), 8, 8  # of `attend`; rows of queries are a block's
 
 
 def supports_attend(qkv: Tensor, k_cache: Tensor, group: int) -> bool:
@@ -97,7 +97,7 @@ def supports_attend(qkv: Tensor, k_cache: Tensor, group: int) -> bool:
     B, T = qkv.shape[:2]
     K, _, D = k_cache.shape[1:]
     return (
-        D in HEAD_DIMS and T <= MAX_TOKENS and T * group <= MAX_QUERIES and available(qkv.device)
+        D in HEAD_DIMS and T <= MAX_TOKENS and available(qkv.device)
         and qkv.dtype == k_cache.dtype == torch.bfloat16 and k_cache.is_contiguous()
     )  # fmt: skip
 
@@ -113,14 +113,14 @@ def attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, s
     K, S, D = k_cache.shape[1:]
     qkv, pos = qkv.contiguous(), pos.contiguous()
     # Enough blocks to fill the GPU at long contexts; those with nothing to do at a short one return at once.
-    splits = max(1, min(64, 2 * _multiprocessors(qkv.device) // (B * K), -(-S // 256)))
+    blocks = B * K * -(-group * T // ATTEND_ROWS)
+    splits = max(1, min(64, 2 * _multiprocessors(qkv.device) // blocks, -(-S // 256)))
     y = torch.empty(B, T, K * group * D, dtype=qkv.dtype, device=qkv.device)
-    part = torch.empty(B * K * splits * group * T * (D + 2), device=qkv.device)
+    part = torch.empty(blocks * splits * ATTEND_ROWS * (D + 2), device=qkv.device)
     values = [qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, T, K, group, S]
     values += [scale, softcap, window, eps, offset]
-    tiles = next(n for n in (1, 2, 4) if group * T <= 8 * n)
-    function = _function("attend", (f"D={D}", f"TILES={tiles}"), qkv.device)
-    _launch(function, (B * K, splits), WARPS * 32, 0, values, qkv.device)
+    function = _function("attend", (f"D={D}",), qkv.device)
+    _launch(function, (blocks, splits), WARPS * 32, 0, values, qkv.device)
     return y
 
 
