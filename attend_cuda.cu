@@ -143,12 +143,14 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     const u8 *k_old = (const u8*)(k_cache + cell), *v_old = (const u8*)(v_cache + cell);
     const auto slots_at = [&](int tile) {
         const int slot = start + 16 * tile;
-        return tile < old ? Slots{k_old + (i64)slot * 2 * D, v_old + (i64)slot * 2 * D, 2 * D, end - 1 - slot}
-                          : Slots{k_new, v_new, PITCH, T - 1};
+        return Slots{k_old + (i64)slot * 2 * D, v_old + (i64)slot * 2 * D, 2 * D, end - 1 - slot};
     };
     Keys keys;
     Values values;
     if (warp < old) load(keys, slots_at(warp)), load(values, slots_at(warp));
+    int row_pos[2];  // of query rows 2t and 2t + 1; rows beyond R are computed from what lies there, and not stored
+    #pragma unroll
+    for (int h = 0; h < 2; h++) row_pos[h] = pos[b * T + (r0 + min(2 * t + h, R - 1)) / G];
     // From here on the kernel before this one is complete; the next one may start, and send for its weights.
     asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
 
@@ -175,43 +177,40 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
             }
         }
         u16* to = (u16*)(query ? q + r * PITCH : k_new + (r - R) * PITCH);
+        u16* cached = query || r0 ? to : k_cache + cell + pos[token] * D;
         #pragma unroll
         for (int i = 0; i < PLANES; i++) {
-            to[lane + 32 * i] = to_bf16(lo[i] * c[i] - hi[i] * s[i]);
-            to[D / 2 + lane + 32 * i] = to_bf16(hi[i] * c[i] + lo[i] * s[i]);
+            const u16 a = to_bf16(lo[i] * c[i] - hi[i] * s[i]), d = to_bf16(hi[i] * c[i] + lo[i] * s[i]);
+            to[lane + 32 * i] = cached[lane + 32 * i] = a, to[D / 2 + lane + 32 * i] = cached[D / 2 + lane + 32 * i] = d;
         }
     }
     if (last)
-        for (int i = threadIdx.x; i < T * D; i += THREADS)
-            ((u16*)(v_new + i / D * PITCH))[i % D] = load_fresh(qkv + (i64)(b * T + i / D) * width + (KV * (G + 1) + head) * D + i % D);
-    __syncthreads();
-    if (last && r0 == 0)
+        #pragma unroll 1
         for (int i = threadIdx.x; i < T * D; i += THREADS) {
-            const i64 at = cell + pos[b * T + i / D] * D + i % D;
-            k_cache[at] = ((u16*)(k_new + i / D * PITCH))[i % D];
-            v_cache[at] = ((u16*)(v_new + i / D * PITCH))[i % D];
+            const int token = b * T + i / D;
+            const u16 v = load_fresh(qkv + (i64)token * width + (KV * (G + 1) + head) * D + i % D);
+            ((u16*)(v_new + i / D * PITCH))[i % D] = v;
+            if (r0 == 0) v_cache[cell + pos[token] * D + i % D] = v;
         }
+    __syncthreads();
 
     Rows rows;
-    int row_pos[2];
-    #pragma unroll
-    for (int h = 0; h < 2; h++) {  // rows beyond R are computed from what lies there, and not stored
-        rows.top[h] = MINUS_INFINITY, rows.total[h] = 0;
-        row_pos[h] = pos[b * T + (r0 + min(2 * t + h, R - 1)) / G];
-    }
+    rows.top[0] = rows.top[1] = MINUS_INFINITY, rows.total[0] = rows.total[1] = 0;
     #pragma unroll
     for (int i = 0; i < 4 * PLANES; i++) rows.acc[i][0] = rows.acc[i][1] = rows.acc[i][2] = rows.acc[i][3] = 0;
+    #pragma unroll 1
     for (int i = warp; i < tiles; i += WARPS) {
-        const Slots at = slots_at(i);
-        if (i >= old || i != warp) load(keys, at), load(values, at);
+        const Slots fresh{k_new, v_new, PITCH, T - 1};
+        const int exist = i < old ? end - start - 16 * i : T;
+        if (i == old) load(keys, fresh), load(values, fresh);
         attend(rows, q, keys, values, scale, softcap, [&](int h, int j) {
-            if (j > at.last) return false;
+            if (j >= exist) return false;
             if (i < old) return !window || start + 16 * i + j > row_pos[h] - window;
             const int here = pos[b * T + j];  // a token that only repeats the one before it is not seen twice
             return here <= row_pos[h] && (j == 0 || here != pos[b * T + j - 1]) && (!window || here > row_pos[h] - window);
         });
+        if (i + WARPS < old) load(keys, slots_at(i + WARPS)), load(values, slots_at(i + WARPS));
     }
-
     // Warps took different slots: they meet.
     #pragma unroll
     for (int h = 0; h < 2; h++) {

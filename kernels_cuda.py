@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 KINDS = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.int8: 2, torch.uint8: 3}
-ROWS_FOR = (range(2, 9), range(2, 9), range(1, 5), range(1, 9))  # by kind: where it beats Triton's kernels on an H200
+MAX_ROWS = 8
 COLUMNS = (64, 128, 128, 256)  # by kind: what columns must be a multiple of, 128 bytes
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
-# As in kernels_cuda.cu; CHUNK is what a block copies of a row at a time, in bytes.
+# As in linear_cuda.cu; CHUNK is what a block copies of a row at a time, in bytes.
 WARPS, TILE_ROWS, CHUNK = 8, 16, 2048
 MAX_COLUMNS = 32768
 MAX_STAGES = 4  # more take memory from the L1 cache, and are slower
@@ -43,7 +43,7 @@ def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tenso
              norm: Tensor | None = None, residual: Tensor | None = None) -> bool:  # fmt: skip
     """Whether `linear` should take these: bf16, so few rows, and columns and addresses that fill its copies."""
     kind, K = KINDS.get(weight.dtype), x.shape[-1]
-    if kind is None or x.numel() // K not in ROWS_FOR[kind] or K > MAX_COLUMNS or K % COLUMNS[kind]:
+    if kind is None or x.numel() // K > MAX_ROWS or K > MAX_COLUMNS or K % COLUMNS[kind]:
         return False
     if not available(x.device) or any(t is not None and t.dtype != torch.bfloat16 for t in (x, bias, norm, residual)):
         return False
@@ -58,7 +58,7 @@ def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tenso
     if kind == 3 and (group not in (32, 64, 128) or K % (8 * group)):
         return False
     # A vocabulary may be so large, or shared memory so small, that there is no room for a ring.
-    return _plan(kind, group, x.numel() // K, weight.shape[0], K, False, x.device).stages >= 2
+    return _plan(kind, group, x.numel() // K, weight.shape[0], K, False, norm is not None, x.device).stages >= 2
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
@@ -76,7 +76,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     group = K // scale.shape[1] if kind == 3 else 32
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
-    plan = _plan(kind, group, M, N, K, bool(activation), x.device)
+    plan = _plan(kind, group, M, N, K, bool(activation), norm is not None, x.device)
     maps = [_tensor_map(weight.data_ptr(), N * (2 if activation else 1), K * 128 // COLUMNS[kind], 128, CHUNK // 128)]
     if kind == 3:  # a word for the scale and zero of each group
         maps.append(_tensor_map(scale.data_ptr(), *scale.shape[:1], scale.shape[1] * 4, 32, CHUNK // 4 // group))
@@ -144,8 +144,8 @@ class Plan(NamedTuple):
 
 
 @functools.cache
-def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: torch.device) -> Plan:
-    """One block to a multiprocessor, as few panels as leave room for most stages; laid out as kernels_cuda.cu does."""
+def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, norm: bool, device: torch.device) -> Plan:
+    """One block to a multiprocessor, as few panels as leave room for most stages; laid out as linear_cuda.cu does."""
     room, most = next(r for r in (1, 2, 4, 8) if M <= r), _shared_memory(device)
     stage = TILE_ROWS * CHUNK + (TILE_ROWS * CHUNK * 8 // group if kind == 3 else 0) + 24
     in_chunk = CHUNK * COLUMNS[kind] // 128  # columns
@@ -154,12 +154,10 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
     plans = []
     for panels in range(1, chunks + 1):
         columns = -(-chunks // panels) * in_chunk
-        row, bank = 2 * columns if kind < 2 else columns, 32 if kind == 3 else 16
-        x = (M if kind < 2 else 2 * M) * (row + (bank - row) % 128)
-        units = (0, 0, M * columns // 128 * 4, M * columns // 32 * 8)[kind]
-        parts = 2 * WARPS * TILE_ROWS * room * 4
+        x = M * (2 * columns + 16) + (2 * columns if norm else 0) + (M * columns // 32 * 8 if kind == 3 else 0)
+        parts = 2 * WARPS * TILE_ROWS * room * 4 + (panels * room + (panels & room & 1)) * 4 + WARPS * 8
         totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
-        base = x + units + parts + totals + 32
+        base = x + parts + totals + 40
         stages = min(MAX_STAGES, (most - base) // stage)
         if columns * (panels - 1) < K:  # the last panel is not empty
             plans.append(Plan(room, stages, panels, panels == 1 and rounds >= 4, base + stages * stage))
