@@ -26,7 +26,7 @@ MAX_ROWS = 8
 COLUMNS = (64, 128, 128, 256)  # by kind: what columns must be a multiple of, 128 bytes
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 # As in linear_cuda.cu; CHUNK is what a block copies of a row at a time, in bytes.
-WARPS, TILE_ROWS, CHUNK = 8, 16, 2048
+TILE_ROWS, CHUNK = 16, 2048
 MAX_COLUMNS = 32768
 MAX_STAGES = 4  # more take memory from the L1 cache, and are slower
 
@@ -58,7 +58,7 @@ def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tenso
     if kind == 3 and (group not in (32, 64, 128) or K % (8 * group)):
         return False
     # A vocabulary may be so large, or shared memory so small, that there is no room for a ring.
-    return _plan(kind, group, x.numel() // K, weight.shape[0], K, False, norm is not None, x.device).stages >= 2
+    return _plan(kind, group, x.numel() // K, weight.shape[0], K, False, x.device).stages >= 2
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
@@ -76,7 +76,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     group = K // scale.shape[1] if kind == 3 else 32
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
-    plan = _plan(kind, group, M, N, K, bool(activation), norm is not None, x.device)
+    plan = _plan(kind, group, M, N, K, bool(activation), x.device)
     maps = [_tensor_map(weight.data_ptr(), N * (2 if activation else 1), K * 128 // COLUMNS[kind], 128, CHUNK // 128)]
     if kind == 3:  # a word for the scale and zero of each group
         maps.append(_tensor_map(scale.data_ptr(), *scale.shape[:1], scale.shape[1] * 4, 32, CHUNK // 4 // group))
@@ -85,7 +85,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     values.append(_tickets(x.device)[next(_turns) % TURNS] if plan.dynamic else None)
     options = (f"KIND={kind}", f"GROUP={group}", f"ROOM={plan.room}", f"CHUNK={CHUNK}")
     function = _function("linear", options, x.device)
-    _launch(function, (_multiprocessors(x.device), 1), WARPS * 32 + 64, plan.shared, values, x.device)
+    _launch(function, (_multiprocessors(x.device), 1), plan.warps * 32 + 64, plan.shared, values, x.device)
     return y
 
 
@@ -120,7 +120,7 @@ def attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, s
     values = [qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, T, K, group, S]
     values += [scale, softcap, window, eps, offset]
     function = _function("attend", (f"D={D}",), qkv.device)
-    _launch(function, (blocks, splits), WARPS * 32, 0, values, qkv.device)
+    _launch(function, (blocks, splits), 256, 0, values, qkv.device)
     return y
 
 
@@ -137,6 +137,7 @@ class Plan(NamedTuple):
     """How a block uses its shared memory."""
 
     room: int  # rows of x that the variant has room for
+    warps: int  # that multiply
     stages: int  # of weights
     panels: int  # parts of x's columns that are there one after another
     dynamic: bool  # whether blocks take tiles as they are ready for them, rather than an even share
@@ -144,9 +145,10 @@ class Plan(NamedTuple):
 
 
 @functools.cache
-def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, norm: bool, device: torch.device) -> Plan:
+def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: torch.device) -> Plan:
     """One block to a multiprocessor, as few panels as leave room for most stages; laid out as linear_cuda.cu does."""
     room, most = next(r for r in (1, 2, 4, 8) if M <= r), _shared_memory(device)
+    warps = 8 if room == 1 else 16
     stage = TILE_ROWS * CHUNK + (TILE_ROWS * CHUNK * 8 // group if kind == 3 else 0) + 24
     in_chunk = CHUNK * COLUMNS[kind] // 128  # columns
     chunks = -(-K // in_chunk)
@@ -154,13 +156,15 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, norm: bool
     plans = []
     for panels in range(1, chunks + 1):
         columns = -(-chunks // panels) * in_chunk
-        x = M * (2 * columns + 16) + (2 * columns if norm else 0) + (M * columns // 32 * 8 if kind == 3 else 0)
-        parts = 2 * WARPS * TILE_ROWS * room * 4 + (panels * room + (panels & room & 1)) * 4 + WARPS * 8
+        row, bank = 2 * columns if kind < 2 else columns, 32 if kind == 3 else 16
+        x = (M if kind < 2 else 2 * M) * (row + (bank - row) % 128)
+        units = (0, 0, M * columns // 128 * 4, M * columns // 32 * 8)[kind]
+        parts = 2 * warps * TILE_ROWS * room * 4
         totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
-        base = x + parts + totals + 40
+        base = x + units + parts + totals + 32
         stages = min(MAX_STAGES, (most - base) // stage)
         if columns * (panels - 1) < K:  # the last panel is not empty
-            plans.append(Plan(room, stages, panels, panels == 1 and rounds >= 4, base + stages * stage))
+            plans.append(Plan(room, warps, stages, panels, panels == 1 and rounds >= 4, base + stages * stage))
     return max(plans, key=lambda plan: (plan.stages, -plan.panels))
 
 
