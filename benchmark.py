@@ -227,7 +227,7 @@ class CoinSampler(Sampler):
         coins = torch.rand(proposed.shape, device=proposed.device) < self.acceptance
         count = coins.long().cumprod(1).sum(1, keepdim=True)
         # Of the real outcome what can be used is, so that no compiler leaves the work out.
-        following = torch.where(real >= 0, real, logits.argmax(-1)).gather(1, count)
+        following = torch.where(real >= 0, real, real[:, :1]).gather(1, count)
         return kept_and_next(proposed, count, following)
 
 

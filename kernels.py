@@ -3,6 +3,7 @@
     linear      x [..., K] through a weight as it is stored (bf16, int8, fp8, int4), streamed once for up to 16 rows,
                 with RMSNorm before it and bias, gate or residual add after it in the same kernel
     attend      a few new tokens a row: RoPE, the write to the KV cache, and attention split over the context
+    top_k       the k largest of each row of logits, sorted, with their ids
     read_sum    reads memory and does nothing else: the bandwidth that all of this is measured against
 
 `fuse(model)` swaps modules that use them into a model's five seams. Triton is imported when a kernel is first wanted,
@@ -296,6 +297,59 @@ def _attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, 
     return y
 
 
+# ----------------------------------------------------------------------------------------------------------- top_k
+MAX_TOP_K = 256  # the largest k of the kernels
+GROUPS = 4 * MAX_TOP_K  # of a row's logits; of more groups than k, most of the k largest are alone in theirs
+FOUND = 2048  # room for those that may be among the k largest, usually a tenth more than k
+TOP_K_TILE = 4096  # logits a program
+
+
+def top_k(logits: Tensor, k: int, sorted: bool = True) -> tuple[Tensor, Tensor]:
+    """The k largest of each row [B, V], k <= V -> (values [B, k] in logits' dtype, ids int64 [B, k]), largest first.
+
+    As torch.topk, which runs where there is no kernel: NaN is largest. The kernels give ties in the order of their ids.
+    sorted: False where the order does not matter to the caller, which saves torch.topk a sort.
+    """
+    small = k <= MAX_TOP_K and logits.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if small and use_triton(logits) and _registered():
+        return torch.ops.hotloop.top_k(logits, k)
+    return logits.topk(k, sorted=sorted)
+
+
+def _registered() -> bool:
+    """Register the operators, also while torch.compile traces a caller: it takes the result as a constant."""
+    return _triton() is not None
+
+
+_registered._dynamo_marked_constant = True  # as have_triton
+
+
+def _top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The operator hotloop::top_k: the largest of each group; the logits not below the k-th of these; their order.
+
+    A group is every GROUPS-th logit, because likely tokens are often neighbours. Any input is right, if slower: where
+    the largest crowd in so few groups that there is no room for what is found.
+    """
+    if not use_triton(logits):
+        return logits.topk(k)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    (B, V), stride, device = logits.shape, logits.stride(0), logits.device
+    values, ids = logits.new_empty(B, k), torch.empty(B, k, dtype=torch.int64, device=device)
+    best, found = (torch.empty(B, n, dtype=torch.int64, device=device) for n in (GROUPS, FOUND))
+    count = torch.empty(B, dtype=torch.int32, device=device)
+    rows = 1 << (-(-V // GROUPS) - 1).bit_length()
+    columns = max(1, min(GROUPS, TOP_K_TILE // rows))
+    tiles, overlap = GROUPS // columns, _overlaps(device)
+    settings = dict(R=rows, C=columns, G=GROUPS, OVERLAP=overlap, launch_pdl=overlap)
+    t = _triton()
+    t.group_maxima[B, tiles](logits, best, count, V, stride, **settings, num_warps=4)
+    settings |= dict(ROOM=FOUND)
+    # The search for the k-th ends a little early, which saves more than the few candidates that it adds cost.
+    t.candidates[B, tiles](logits, best, found, count, V, stride, k, k + k // 16 + 8, **settings, num_warps=8)
+    t.in_order[B, -(-k // 16) + 2](logits, found, count, values, ids, V, stride, k, tiles, **settings, num_warps=4)
+    return values, ids
+
+
 # ----------------------------------------------------------------------------------------------------- the modules
 def stored(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight, scale) of a plain or quantized linear, as `linear` takes them."""
@@ -427,10 +481,11 @@ def fuse(model: nn.Module) -> None:
 # ----------------------------------------------------------------------------------------------- the Triton programs
 @functools.cache
 def _triton() -> SimpleNamespace:
-    """Import Triton, define the kernels, register the operators hotloop::linear and hotloop::attend; once."""
+    """Import Triton, define the kernels, register the operators hotloop::linear, attend and top_k; once."""
     # Kernels look up what they use among the names of this module.
     global tl, INTERPRETED, wait_for_input, four, byte_at, dp4a, largest, digits, by_place
     global activated, as_numbers, centered_nibbles, weight_rows, finish, arrive, head_norm, rotated, attended
+    global LOWEST, sort_keys, between, collect
     import triton
     import triton.language as tl
     from triton.language.extra import cuda
@@ -986,6 +1041,109 @@ def _triton() -> SimpleNamespace:
                     tl.store(out, (acc / total[:, None]).to(y.dtype.element_ty), mask=mr[:, None])
                     tl.store(count + b * K + kv, 0)
 
+    LOWEST = tl.constexpr(-(1 << 63))
+
+    @triton.jit
+    def sort_keys(row, V, tile, R: tl.constexpr, C: tl.constexpr, G: tl.constexpr):
+        """C of a row's G groups as int64 [R, C], larger for larger logits and among equal ones for lower ids.
+
+        So no two are equal, and every number of largest ones is well defined. Beyond the row's end it is the lowest.
+        """
+        i = tl.arange(0, R)[:, None] * G + (tile * C + tl.arange(0, C))[None, :]
+        v = tl.load(row + i, mask=i < V, other=0.0).to(tl.float32)
+        bits = tl.where(v == 0, 0.0, v).to(tl.int32, bitcast=True)  # -0 is 0
+        bits = tl.where(v != v, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))  # integers in the order of floats
+        return tl.where(i < V, (bits.to(tl.int64) << 32) | (0x7FFFFFFF - i).to(tl.int64), LOWEST)
+
+    @triton.jit
+    def between(low, high):
+        return (low >> 1) + (high >> 1) + (low & high & 1)  # the sum itself may overflow
+
+    @triton.jit
+    def collect(keys, low, count, found, ROOM: tl.constexpr):
+        """Append the keys from `low` on to `found`, in any order; beyond its room they are only counted."""
+        there = keys >= low
+        at = tl.atomic_add(count + tl.zeros(keys.shape, tl.int32), 1, mask=there, sem="relaxed")
+        tl.store(found + at, keys, mask=there & (at < ROOM))
+
+    @triton.jit
+    def group_maxima(
+        logits, best, count, V, stride, R: tl.constexpr, C: tl.constexpr, G: tl.constexpr, OVERLAP: tl.constexpr
+    ):
+        """Program (row, tile): the largest of each of C groups. And a zero, to count the row's candidates from."""
+        b, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        wait_for_input(OVERLAP)
+        keys = sort_keys(logits + b * stride, V, tile, R, C, G)
+        tl.store(best + b * G + tile * C + tl.arange(0, C), tl.max(keys, 0))
+        if tile == 0:
+            tl.store(count + b, 0)
+
+    @triton.jit(do_not_specialize=["k", "enough"])  # one program for all k
+    def candidates(
+        logits, best, found, count, V, stride, k, enough, R: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+        ROOM: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Program (row, tile): collect those of its logits that are not below (about) the k-th largest maximum.
+
+        The k largest logits are not, because k maxima are not. Each program finds that bound by itself.
+        """
+        b, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        keys = sort_keys(logits + b * stride, V, tile, R, C, G)  # written two kernels ago
+        wait_for_input(OVERLAP)
+        tops = tl.load(best + b * G + tl.arange(0, G), cache_modifier=".cg")
+        # At least k are from `low` on, fewer are from `high` on. Groups may be empty, if V is small.
+        high = tl.max(tops) + 1
+        low = tl.min(tl.where(tops == LOWEST, high, tops))
+        n = tl.sum((tops >= low).to(tl.int32))
+        while n > enough:
+            middle = between(low, high)
+            m = tl.sum((tops >= middle).to(tl.int32))
+            high = tl.where(m < k, middle, high)
+            low, n = tl.where(m < k, low, middle), tl.where(m < k, n, m)
+        collect(keys, low, count + b, found + b * ROOM, ROOM)
+
+    @triton.jit(do_not_specialize=["k"])
+    def in_order(
+        logits, found, count, values, ids, V, stride, k, TILES, R: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
+        ROOM: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Program (row, share): put its candidates in their places, which are the numbers of candidates above them."""
+        b, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * 16
+        step = tl.num_programs(1) * 16
+        row, found, count = logits + b * stride, found + b * ROOM, count + b
+        wait_for_input(OVERLAP)
+        n = tl.load(count, cache_modifier=".cg")
+        if n > ROOM:  # the largest crowd in few groups: one program searches again, slowly, among all logits of the row
+            if start == 0:
+                low, high = tl.full([], LOWEST + 1, tl.int64), tl.full([], -LOWEST - 1, tl.int64)
+                while n > ROOM:
+                    middle = between(low, high)
+                    m = n * 0
+                    for t in range(TILES):
+                        m += tl.sum((sort_keys(row, V, t, R, C, G) >= middle).to(tl.int32))
+                    high = tl.where(m < k, middle, high)
+                    low, n = tl.where(m < k, low, middle), tl.where(m < k, n, m)
+                tl.store(count, 0)
+                tl.debug_barrier()
+                for t in range(TILES):
+                    collect(sort_keys(row, V, t, R, C, G), low, count, found, ROOM)
+                tl.debug_barrier()
+                step = 16
+            else:
+                n = 0
+        i, j = tl.arange(0, 16), tl.arange(0, 256)
+        for i0 in range(start, n, step):
+            mine = tl.load(found + i0 + i, mask=i0 + i < n, other=0, cache_modifier=".cg")
+            place = tl.zeros([16], tl.int32)
+            for j0 in range(0, n, 256):
+                theirs = tl.load(found + j0 + j, mask=j0 + j < n, other=LOWEST, cache_modifier=".cg")
+                place += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), 1)
+            kept = (i0 + i < n) & (place < k)
+            bits = (mine >> 32).to(tl.int32)
+            value = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+            tl.store(values + b * k + place, value.to(values.dtype.element_ty), mask=kept)
+            tl.store(ids + b * k + place, 0x7FFFFFFF - (mine & 0x7FFFFFFF), mask=kept)
+
     library = torch.library.Library("hotloop", "FRAGMENT")
     library.define(
         "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? norm, Tensor? residual, "
@@ -996,8 +1154,10 @@ def _triton() -> SimpleNamespace:
         "Tensor(c!) count, Tensor? q_norm, Tensor? k_norm, int group, float scale, float softcap, int window, "
         "float eps, float offset) -> Tensor"
     )
+    library.define("top_k(Tensor logits, int k) -> (Tensor, Tensor)")
     library.impl("linear", _linear, "CompositeExplicitAutograd")
     library.impl("attend", _attend, "CompositeExplicitAutograd")
+    library.impl("top_k", _top_k, "CompositeExplicitAutograd")
 
     @torch.library.register_fake("hotloop::linear", lib=library)
     def linear_shape(x, weight, scale, bias, norm, residual, eps, offset, activation):
@@ -1007,4 +1167,11 @@ def _triton() -> SimpleNamespace:
     def attend_shape(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, *settings):
         return qkv.new_empty(*qkv.shape[:2], k_cache.shape[1] * group * k_cache.shape[3])
 
-    return SimpleNamespace(read_sum=read_sum, gemv=gemv, small=small, attend=attend, library=library)
+    @torch.library.register_fake("hotloop::top_k", lib=library)
+    def top_k_shape(logits, k):
+        return logits.new_empty(len(logits), k), logits.new_empty(len(logits), k, dtype=torch.int64)
+
+    return SimpleNamespace(
+        read_sum=read_sum, gemv=gemv, small=small, attend=attend, group_maxima=group_maxima,
+        candidates=candidates, in_order=in_order, library=library,
+    )  # fmt: skip

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import kernels
 import tp
-from speculative import accept, accept_greedy
+from speculative import accept, accept_greedy, accept_listed
 
 
 def filtered(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None):
@@ -24,11 +25,12 @@ def filtered(logits: Tensor, temperature: float, top_k: int | None, top_p: float
     The weights are probabilities but for a common factor. Filters apply in Hugging Face's order: temperature, top-k,
     top-p (the smallest set of tokens whose probability reaches top_p), min-p (at least min_p times the likeliest's).
     """
-    logits, ids = logits.float() / temperature, None
+    ids = None
     if top_k or top_p:
-        # the likeliest first, where that matters: sorting takes as long as finding them
-        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), sorted=bool(top_p))
-    probs = logits.softmax(-1)
+        # The likeliest first, where that matters. The temperature, which keeps their order, is then for these alone.
+        V = logits.shape[-1]
+        logits, ids = kernels.top_k(logits, min(top_k or V, V), sorted=bool(top_p))
+    probs = (logits.float() / temperature).softmax(-1)
     if top_p:
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
     if min_p:
@@ -43,8 +45,13 @@ def probabilities(logits: Tensor, temperature: float, top_k=None, top_p=None, mi
 
 def spread(weights: Tensor, ids: Tensor | None, V: int) -> Tensor:
     """What `filtered` returns -> probabilities float32 [B, V]."""
-    weights = weights / weights.sum(-1, keepdim=True)
+    weights = normalized(weights)
     return weights if ids is None else weights.new_zeros(len(weights), V).scatter(-1, ids, weights)
+
+
+def normalized(weights: Tensor) -> Tensor:
+    """Weights [..., n] -> probabilities, which sum to 1."""
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def sample(
@@ -129,15 +136,29 @@ class Sampler(nn.Module):
             token = tp.sample_shard(
                 lambda values, noise: sample(values, *rule, noise),
                 logits, self.part.start, self.temperature, self.top_k, bool(self.top_p or self.min_p),
+                kernels.top_k,
             )  # fmt: skip
         if self.penalty != 1:
             self.seen.scatter_(1, token, True)
         return token
 
-    def draw(self, logits: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A draft's logits [B, V'] -> (token ids [B, 1], the distribution they come from; None if greedy).
+    @property
+    def lists(self) -> bool:
+        """Whether a distribution is a list of the few tokens that it can draw, rather than a number for each token."""
+        return self.top_k is not None and self.top_k <= kernels.MAX_TOP_K
 
-        seen: a copy of this sampler's memory, to which the tokens are added; None without a penalty.
+    def shape(self, vocab: int) -> tuple[int, ...] | None:
+        """The shape of a row of the distributions that `draw` returns, over so many tokens; None if greedy."""
+        if self.temperature == 0:
+            return None
+        return (2, min(self.top_k, vocab)) if self.lists else (vocab,)
+
+    def draw(self, logits: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A draft's logits [B, V'] -> (token ids [B, 1], the distribution they come from, float32; None if greedy).
+
+        The distribution is [B, V'], or with a small top_k [B, 2, n]: probabilities, and their token ids as floats, in
+        which numbers below 2^24 are exact. seen: a copy of this sampler's memory, to which the tokens are added; None
+        without a penalty.
         """
         if seen is not None:
             logits = self.penalized(logits, seen[:, : logits.shape[-1]])
@@ -145,14 +166,21 @@ class Sampler(nn.Module):
             token, probs = logits.argmax(-1, keepdim=True), None
         else:
             weights, ids = filtered(logits, self.temperature, self.top_k, self.top_p, self.min_p)
-            token, probs = race(weights), spread(weights, ids, logits.shape[-1])
+            token = race(weights)
             token = token if ids is None else ids.gather(-1, token)
+            if self.lists:
+                probs = torch.stack([normalized(weights), ids.float()], 1)
+            else:
+                probs = spread(weights, ids, logits.shape[-1])
         if seen is not None:
             seen.scatter_(1, token, True)
         return token, probs
 
     def verify(self, logits: Tensor, proposed: Tensor, probs: Tensor | None) -> Tensor:
-        """The target's logits [B, k + 1, V] at proposed [B, k], drawn from probs -> tokens [B, k + 1] as `accept`."""
+        """The target's logits [B, k + 1, V] at proposed [B, k] -> tokens [B, k + 1] as `accept` returns them.
+
+        probs [B, k, ...]: what `draw` says they were drawn from; None: they were not drawn.
+        """
         if self.penalty != 1:  # each position has seen the proposals before it, too
             seen = [self.seen]
             for token in proposed.split(1, 1):
@@ -161,8 +189,13 @@ class Sampler(nn.Module):
         if self.temperature == 0:
             tokens = accept_greedy(logits.argmax(-1), proposed)
         else:
-            target = probabilities(logits.flatten(0, 1), self.temperature, self.top_k, self.top_p, self.min_p)
-            tokens = accept(target.view(logits.shape), probs, proposed)
+            rule = (self.temperature, self.top_k, self.top_p, self.min_p)
+            weights, ids = filtered(logits.flatten(0, 1), *rule)
+            if self.lists:
+                target = normalized(weights).view(*logits.shape[:2], -1), ids.view(*logits.shape[:2], -1)
+                tokens = accept_listed(*target, *((None, None) if probs is None else probs.unbind(2)), proposed)
+            else:
+                tokens = accept(spread(weights, ids, logits.shape[-1]).view(logits.shape), probs, proposed)
         if self.penalty != 1:
             self.seen.scatter_(1, torch.where(tokens < 0, tokens[:, :1], tokens), True)
         return tokens

@@ -8,7 +8,7 @@ gives. Greedy decoding gives the same tokens as without. Caches roll back by pos
 accepted tokens are overwritten before anything attends to them.
 
 The file imports nothing of the repository. A model is a callable (tokens [B, T], input_pos [B, T], slots) -> logits
-[B, T, V] with `features` and `logits`, its two halves; a sampler has `temperature`, `seen`, `draw` and `verify` (see
+[B, T, V] with `features` and `logits`, its two halves; a sampler has `seen`, `shape`, `draw` and `verify` (see
 sampling.Sampler). Shapes: B rows, k proposed tokens, T = k + 1 verified ones, V vocab.
 
 Sources: speculative sampling (arXiv 2211.17192, 2302.01318); prompt lookup decoding (github.com/apoorvumang).
@@ -72,6 +72,33 @@ def accept(
     return kept_and_next(draft_tokens, count, drawn)
 
 
+def accept_listed(
+    p: Tensor,
+    ids: Tensor,
+    q: Tensor | None,
+    q_ids: Tensor | None,
+    draft_tokens: Tensor,
+    coins: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """`accept` where distributions list the few tokens that they can draw, as after a top-k, each token once.
+
+    p float32 and ids int64 [B, k + 1, n]: the target's. q and q_ids [B, k, n']: the draft's, or None as draft_probs.
+    The target's lists are `accept`'s vocabulary, a different one at each position: a token is its place there, and n
+    where it is not in the list. Other tokens of the draft's do not matter, since max(p - q, 0) is 0 for them.
+    noise [B, n + 1].
+    """
+    k, n = draft_tokens.shape[1], ids.shape[-1]
+    listed = ids[:, :k]
+    place = n - ((listed == draft_tokens[..., None]) * (n - torch.arange(n, device=ids.device))).sum(-1)
+    if q is not None:
+        same = listed[..., None] == q_ids[..., None, :]  # [B, k, n, n']
+        q = torch.where(same, q[..., None, :], 0).sum(-1)
+    out = accept(F.pad(p, (0, 1)), q, place, coins, noise)
+    tokens = F.pad(ids, (0, 1)).gather(-1, out.clamp_min(0)[..., None])[..., 0]
+    return torch.where(out < 0, -1, tokens)
+
+
 def accept_greedy(target_tokens: Tensor, draft_tokens: Tensor) -> Tensor:
     """`accept` at temperature 0: target_tokens int64 [B, k + 1] are the target's argmaxes. No probabilities."""
     k = draft_tokens.shape[1]
@@ -112,27 +139,29 @@ def propose_lookup(
     return [following[i % period] for i in range(k)]
 
 
-def draft_one_token(model, tokens, input_pos, slots, sampler, seen, vocab: int) -> tuple[Tensor, Tensor | None]:
-    """Feed tokens [B, T] to the draft -> (a token [B, 1] below `vocab`, the distribution it came from [B, vocab]).
+def draft_one_token(model, tokens, input_pos, slots, sampler, seen, vocab: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Feed tokens [B, T] to the draft -> (a token [B, 1] below `vocab`, its position [B, 1], what it was drawn from).
 
-    The distribution is None at temperature 0. seen: the sampler's memory for the repetition penalty, or None.
+    The last is as the sampler's `draw` returns it. seen: the sampler's memory for the repetition penalty, or None.
     """
     tokens = tokens.clamp(max=model.args.vocab_size - 1)  # what a smaller draft does not know is another token to it
     logits = model.logits(model.features(tokens, input_pos, slots)[:, -1:])[:, -1, :vocab]
-    return sampler.draw(logits, seen)
+    token, probs = sampler.draw(logits, seen)
+    return token, input_pos[:, -1:] + 1, probs
 
 
 def verify_proposal(model, token, proposed, pos, last, slots, sampler, probs):
-    """Run token [B, 1] and proposed [B, k] from pos [B, 1] on -> (tokens [B, k + 1], prev, token, pos, each [B, 1]).
+    """Run token [B, 1] and proposed [B, k] from pos [B, 1] on -> (tokens [B, k + 1], where the next step begins).
 
-    tokens: as `accept` returns them. The others are where the next step begins: its token, the one before, and its
-    position, which goes no further than last [B, 1]. probs: what `accept` calls draft_probs.
+    tokens: as `accept` returns them. The other is [3, B, 1]: the next step's token, the one before, and its position,
+    which goes no further than last [B, 1]. probs: as `draft_one_token` returns them, of each proposed token.
     """
     tokens = torch.cat([token, proposed], 1)
     logits = model(tokens, pos + torch.arange(tokens.shape[1], device=pos.device), slots)
     out = sampler.verify(logits, proposed, probs)
     count = (out >= 0).sum(1, keepdim=True)
-    return out, tokens.gather(1, count - 1), out.gather(1, count - 1), torch.minimum(pos + count, last)
+    position = torch.minimum(pos + count, last)
+    return out, torch.stack([out.gather(1, count - 1), tokens.gather(1, count - 1), position])
 
 
 def compile_step(step: Callable, slots_at: int) -> Callable:
@@ -274,18 +303,20 @@ class Buffers:
     """What the steps of B rows read and leave, at fixed addresses, so that captured graphs can be replayed."""
 
     def __init__(self, B: int, device: torch.device):
-        self.token, self.prev, self.pos, self.last = torch.zeros(4, B, 1, dtype=torch.int64, device=device)
+        self.last = torch.zeros(B, 1, dtype=torch.int64, device=device)
+        self.state = torch.zeros(3, B, 1, dtype=torch.int64, device=device)
+        self.token, self.prev, self.pos = self.state
         self.proposed: dict[int, Tensor] = {}  # k -> int64 [B, k]
-        self.probs: dict[int, Tensor | None] = {}  # k -> float32 [B, k, V']
+        self.probs: dict[int, Tensor | None] = {}  # k -> float32 [B, k, ...]
         self.out: dict[int, Tensor] = {}  # k -> int64 [B, k + 1]
 
-    def make(self, k: int, probs: int | None) -> None:
-        """Room for k proposed tokens, and for their distributions over so many tokens."""
-        if k not in self.out or (self.probs[k] is None) != (probs is None):
-            B, device = len(self.token), self.token.device
+    def make(self, k: int, shape: tuple[int, ...] | None) -> None:
+        """Room for k proposed tokens, and for their distributions of this shape."""
+        B, device = len(self.token), self.token.device
+        if k not in self.out or shape != (None if self.probs[k] is None else tuple(self.probs[k].shape[2:])):
             self.proposed[k] = torch.zeros(B, k, dtype=torch.int64, device=device)
             self.out[k] = torch.zeros(B, k + 1, dtype=torch.int64, device=device)
-            self.probs[k] = None if probs is None else torch.zeros(B, k, probs, device=device)
+            self.probs[k] = None if shape is None else torch.zeros(B, k, *shape, device=device)
 
 
 class Step:
@@ -390,12 +421,14 @@ class Speculation:
         """
         seen = None if sampler.seen is None else sampler.seen.clone()
         tokens, pos = torch.cat([s.prev, s.token], 1), torch.cat([s.pos - 1, s.pos], 1)
-        for j in range(k):
-            tokens, probs = self.draft_step(self.draft, tokens, pos, slots, sampler, seen, vocab)
-            s.proposed[k][:, j] = tokens[:, 0]
-            if probs is not None:
-                s.probs[k][:, j] = probs
-            pos = s.pos + (j + 1)
+        drawn, probs = [], []
+        for _ in range(k):
+            tokens, pos, q = self.draft_step(self.draft, tokens, pos, slots, sampler, seen, vocab)
+            drawn.append(tokens)
+            probs.append(q)
+        torch.cat(drawn, 1, out=s.proposed[k])
+        if s.probs[k] is not None:
+            torch.stack(probs, 1, out=s.probs[k])
 
     def catch_up(self, s: Buffers, rows: Sequence[Sequence[int]], done: Sequence[bool]) -> None:
         """After the prompt or plain steps: bring `s` to the end of `rows`, and the draft's cache if it is behind."""
@@ -418,7 +451,7 @@ class Speculation:
         device = s.token.device
         real = [True] * len(s.token)
         vocab = model.args.vocab_size if self.draft is None else min(model.args.vocab_size, self.draft.args.vocab_size)
-        s.make(k, None if self.draft is None or sampler.temperature == 0 else vocab)
+        s.make(k, None if self.draft is None else sampler.shape(vocab))
         memory = [] if sampler.seen is None else [sampler.seen]
         key = (k, id(sampler), len(s.token), *(m.data_ptr() for m in memory), s.out[k].data_ptr())
         if self.draft is None:
@@ -432,15 +465,11 @@ class Speculation:
         slots = self.slots_for(model, length + k)
 
         def verify():
-            out, prev, token, pos = self.verify_step(
-                model, s.token, s.proposed[k], s.pos, s.last, slots, sampler, s.probs[k]
-            )
+            out, state = self.verify_step(model, s.token, s.proposed[k], s.pos, s.last, slots, sampler, s.probs[k])
             s.out[k].copy_(out)
-            s.prev.copy_(prev)
-            s.token.copy_(token)
-            s.pos.copy_(pos)
+            s.state.copy_(state)
 
-        self.run(("verify", *key, *size(model, slots)), verify, [s.token, s.prev, s.pos, *memory])
+        self.run(("verify", *key, *size(model, slots)), verify, [s.state, *memory])
         return Step(k, s.out[k], real, [*marks, mark(device)])
 
 

@@ -690,26 +690,26 @@ class ShardedLogits:
 
 
 def sample_shard(sample: Callable, logits: Tensor, start: int, temperature: float, top_k: int | None,
-                 everything: bool) -> Tensor:  # fmt: skip
+                 everything: bool, largest: Callable = torch.topk) -> Tensor:  # fmt: skip
     """Sample from sharded logits [B, width], this rank's from id `start` on -> token ids [B, 1], the same on all ranks.
 
     sample(logits, noise) -> index [B, 1] is the rule. Only what can win is gathered: of each rank the best (greedy),
     the top_k, or, without filters, the winner of its own exponential race; all that there is where `everything` is
     set, for filters that need the whole distribution. The noise travels with its candidate, so that every rank decides
-    from the same numbers, whatever its own generator holds.
+    from the same numbers, whatever its own generator holds. largest(logits, k) -> (values, ids): finds the top_k.
     """
-    values, ids = logits.float(), None
-    noise = torch.ones_like(values) if temperature == 0 else torch.empty_like(values).exponential_().clamp_min(1e-20)
+    ids = None
     if temperature == 0:
-        values, ids = values.max(-1, keepdim=True)
+        logits, ids = logits.max(-1, keepdim=True)
     elif top_k:
-        values, ids = values.topk(min(top_k, values.shape[-1]))
-    elif not everything:  # p / noise is largest where log p - log noise is
-        ids = (values / temperature - noise.log()).argmax(-1, keepdim=True)
-        values = values.gather(-1, ids)
+        logits, ids = largest(logits, min(top_k, logits.shape[-1]))
+    values = logits.float()
+    noise = torch.ones_like(values) if temperature == 0 else torch.empty_like(values).exponential_().clamp_min(1e-20)
     if ids is None:
         ids = torch.arange(values.shape[-1], device=values.device).expand_as(values)
-    noise = noise.gather(-1, ids)
+        if not everything:  # p / noise is largest where log p - log noise is
+            ids = (values / temperature - noise.log()).argmax(-1, keepdim=True)
+            values, noise = values.gather(-1, ids), noise.gather(-1, ids)
     # Ids as float32 are exact below 2^24; a vocabulary has 2^18. One collective carries all.
     every = all_gather(torch.stack([values, (ids + start).float(), noise], -1))  # [world, B, k, 3]
     values, ids, noise = every.transpose(0, 1).flatten(1, 2).unbind(-1)

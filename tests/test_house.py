@@ -31,7 +31,7 @@ ALLOWED = {
     "convert_hf_checkpoint": ({"model"}, {"checkpoint"}),
     "checkpoint": ({"model", "quantize", "tp", "convert_hf_checkpoint", "kernels", "kernels_cpu"}, set()),
     "tables": (set(), set()),
-    "sampling": ({"speculative", "tp"}, set()),
+    "sampling": ({"kernels", "speculative", "tp"}, set()),
     "generate": ({"checkpoint", "tokenizer", "sampling", "speculative", "tp", "model", "quantize"}, set()),
     "eval": ({"checkpoint", "tokenizer", "tp", "model", "generate", "quantize"}, set()),
     "train": ({"model", "checkpoint", "tokenizer", "convert_hf_checkpoint"}, set()),

@@ -38,6 +38,7 @@ if not (INTERPRETED or GPU):
         assert not kernels.use_triton(x)
         torch.testing.assert_close(kernels.linear(x, w), x @ w.T)
         assert kernels.read_sum(torch.ones(1000)).sum() == 1000
+        assert all(torch.equal(a, b) for a, b in zip(kernels.top_k(x, 5), x.topk(5), strict=True))
 
 else:
 
@@ -146,6 +147,56 @@ else:
     def test_read_sum():
         x = torch.ones(100_001, device=DEVICE)
         assert kernels.read_sum(x).sum().item() == 100_001
+
+    def check_top_k(x, k):
+        values, ids = kernels.top_k(x, k)
+        by_id = x.float().sort(dim=-1, descending=True, stable=True)  # ties in the order of their ids, NaN first
+        assert torch.equal(ids, by_id.indices[:, :k]) and values.dtype == x.dtype
+        torch.testing.assert_close(values, x.topk(k).values, atol=0, rtol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("V", [1, 7, 1024, 1025, 6001])
+    def test_top_k(V, dtype):
+        x = torch.randn(3, V, device=DEVICE).to(dtype)  # of the 16-bit ones many are equal
+        for k in {1, 2, 50, 256, V}:
+            if k <= min(V, kernels.MAX_TOP_K):
+                check_top_k(x, k)
+
+    def test_top_k_of_a_large_vocabulary():
+        check_top_k(4 * torch.randn(2, 128_256, device=DEVICE).bfloat16(), 200)
+        check_top_k(torch.arange(300_000, 0, -1, device=DEVICE)[None].float(), 50)  # all neighbours
+
+    @pytest.mark.parametrize("k", [1, 200])
+    def test_top_k_of_unusual_rows(k):
+        inf = float("inf")
+        x = torch.randn(9, 5000, device=DEVICE)
+        x[0] = 0
+        x[1] = -inf
+        x[2, 1:] = -inf
+        x[3, torch.randperm(5000)[50:]] = -inf  # fewer than k are finite
+        x[4, 17::500] = inf
+        x[5, 4000:4003] = float("nan")
+        x[6] = float("nan")
+        x[7] = x[7].round()
+        x[8] = torch.where(x[8] > 0, 0.0, -0.0)
+        check_top_k(x, k)
+        check_top_k(x[:, 1:4998], k)  # rows apart
+        check_top_k(x.T.contiguous().T, k)
+
+    @pytest.mark.parametrize("room", [256, 2048])
+    def test_top_k_that_crowd_in_few_groups(room, monkeypatch):
+        monkeypatch.setattr(kernels, "FOUND", room)
+        x = torch.randn(2, 20 * kernels.GROUPS, device=DEVICE)
+        for group in range(30):
+            x[0, group :: kernels.GROUPS] += 100 - group
+        for k in (1, 256):
+            check_top_k(x, k)
+
+    def test_top_k_beyond_the_kernel_and_traced():
+        x = torch.randn(2, 3000, device=DEVICE)
+        assert torch.equal(kernels.top_k(x, 1000)[1], x.topk(1000).indices)
+        compiled = torch.compile(lambda x: kernels.top_k(2 * x, 9), fullgraph=True, backend="aot_eager")
+        assert all(torch.equal(a, b) for a, b in zip(compiled(x), (2 * x).topk(9), strict=True))
 
     FAMILIES = [{}, dict(qk_norm=True), dict(sliding_window=20), dict(attn_softcap=5.0), dict(n_heads=7, n_kv_heads=1)]
 

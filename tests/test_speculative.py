@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for --many; pytest has it already
 
@@ -25,7 +26,7 @@ import tables  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from generate import Sampler, compile_decode, complete, fill, generate, graph_slots, warm_up  # noqa: E402
 from quantize import make_recipe  # noqa: E402
-from speculative import MAX_K, Pace, Speculation, accept, accept_greedy, propose_lookup  # noqa: E402
+from speculative import MAX_K, Pace, Speculation, accept, accept_greedy, accept_listed, propose_lookup  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -102,9 +103,17 @@ def p_values(accept, deterministic: bool) -> list[float]:
     return values
 
 
+def accept_lists(p, q, proposed, coins, noise):
+    """accept_listed, given what accept is: each distribution lists its V - 1 tokens, the likeliest first."""
+    p, ids = p.topk(V - 1)
+    q, q_ids = (None, None) if q is None else q.topk(V - 1)
+    return accept_listed(p, ids, q, q_ids, proposed, coins, noise)
+
+
+@pytest.mark.parametrize("function", [accept, accept_lists])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_accept_gives_the_targets_distribution(deterministic):
-    values = p_values(accept, deterministic)
+def test_accept_gives_the_targets_distribution(deterministic, function):
+    values = p_values(function, deterministic)
     assert min(values) > 0.01, values
 
 
@@ -150,6 +159,31 @@ def test_accept_with_a_smaller_vocabulary_and_in_bfloat16():
     assert p_value(torch.bincount(out[:, 0], minlength=V), p[0]) > 0.01
     low = accept(p.bfloat16().expand(9, 3, V), q.bfloat16().expand(9, 2, 7), proposed[:9])
     assert low.dtype == torch.int64
+
+
+def test_lists_of_few_tokens_decide_as_distributions_do():
+    torch.manual_seed(0)
+    logits, draft_logits, k = torch.randn(50, 4, 97), torch.randn(50, 3, 80), 3
+    sampler = Sampler(0.8, top_k=5, top_p=0.9)
+    drawn = [sampler.draw(row, None) for row in draft_logits.unbind(1)]
+    proposed, q = torch.cat([token for token, _ in drawn], 1), torch.stack([q for _, q in drawn], 1)
+    assert q.shape == (50, k, *sampler.shape(80)) and sampler.shape(3) == (2, 3)
+    dense = draft_logits.new_zeros(50, k, 80).scatter(-1, q[:, :, 1].long(), q[:, :, 0])
+    expected = sampling.probabilities(draft_logits.flatten(0, 1), 0.8, 5, 0.9).view(50, k, 80)
+    torch.testing.assert_close(dense, expected)
+    p, ids = sampling.filtered(logits.flatten(0, 1), 0.8, 5, 0.9, None)
+    p, ids = sampling.normalized(p).view(50, 4, 5), ids.view(50, 4, 5)
+    target = torch.zeros(50, 4, 97).scatter(-1, ids, p)
+    coins = torch.rand(50, k)
+    for given in (q.unbind(2), (None, None)):
+        lists = accept_listed(p, ids, *given, proposed, coins)
+        plain = accept(target, None if given[0] is None else dense, proposed, coins)
+        assert torch.equal(lists < 0, plain < 0)  # as many are kept
+        kept = F.pad(lists[:, 1:] >= 0, (0, 1))  # all but the last, which is drawn
+        assert torch.equal(lists[kept], plain[kept]) and len(lists.unique(dim=0)) > 10
+        last = (lists >= 0).sum(1) - 1
+        token = lists[torch.arange(50), last]
+        assert (target[torch.arange(50), last, token] > 0).all()  # what is drawn is a token that the target can draw
 
 
 def test_accept_greedy():
