@@ -47,7 +47,7 @@ from generate import (
     weight_bytes,
 )
 from kernels import read_sum
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, pick_kv_dtype
 from speculative import MAX_K, Speculation, compile_step, kept_and_next
 from tables import fill_tables, one_gpu, read_rows, roofline
 from tokenizer import Tokenizer
@@ -421,6 +421,7 @@ def main(
     simulate_acceptance: float | None,
     device: str | None,
     dtype: str,
+    kv_dtype: str | None,
     batch: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -458,6 +459,10 @@ def main(
     device, dtype_name, dtype = pick_device(device), dtype, pick_dtype(dtype)
     device = ranks.device(device) if ranks else device
     record_row = record_row and not (ranks and ranks.rank)
+    pick_kv_dtype(kv_dtype, device)
+    if kv_dtype and (perplexity or speculation):
+        flag = "--perplexity" if perplexity else "--speculation"
+        raise ValueError(f"--kv_dtype {kv_dtype}: {flag} compares without it; eval.py and generate.py take it")
     if perplexity and ranks:
         raise ValueError("--perplexity: quantizes with one process; run it without torchrun")
     if perplexity:
@@ -485,11 +490,14 @@ def main(
 
         def build(name, recipe):
             if name == checkpoint_path:
-                return load_model(name, device, dtype, recipe)
-            torch.manual_seed(0)  # ranks cut the same weights; a draft of the same shape has them, too
-            weights = random_weights(SHAPES[name], device, dtype)
-            model = build_model(SHAPES[name], weights, device, dtype, recipe, ranks)
-            torch.seed()
+                model = load_model(name, device, dtype, recipe)
+            else:
+                torch.manual_seed(0)  # ranks cut the same weights; a draft of the same shape has them, too
+                weights = random_weights(SHAPES[name], device, dtype)
+                model = build_model(SHAPES[name], weights, device, dtype, recipe, ranks)
+                torch.seed()
+            if kv_dtype is not None:
+                model.setup_caches(1, 1, kv_dtype)  # larger ones will be of the same kind
             return model
 
         begin = time.perf_counter()
@@ -497,6 +505,7 @@ def main(
         synchronize(device)
         load_s = time.perf_counter() - begin
         kind = f"int4 g{recipe['groupsize']}" if mode == "int4" else dtype_name if recipe is None else mode
+        kind += f" kv {kv_dtype}" if kv_dtype else ""
         if draft or draft_shape:
             proposer = build(draft_shape or name, pick_recipe(draft, None))
             if not draft_shape:
@@ -570,6 +579,7 @@ def parser() -> argparse.ArgumentParser:
       help="keep each proposed token with this probability, whatever the models say: random weights agree on nothing")
     a("--device", metavar="D", help="cuda, cuda:N, mps or cpu; default: the best there is")
     a("--dtype", default="bf16", metavar="D", help="bf16, fp16 or fp32")
+    a("--kv_dtype", metavar="D", help="fp8: the KV cache in that; default: the model's dtype")
     a("--batch", type=int, default=1, metavar="B", help="rows decoded together")
     a("--prompt_tokens", type=int, default=5, metavar="N", help="length of the random prompt")
     a("--new_tokens", type=int, default=200, metavar="N", help="tokens generated")
