@@ -371,16 +371,16 @@ def circumstances(device: torch.device) -> dict:
 
 
 def measure_perplexities(checkpoint_path: str, device: torch.device) -> Iterator[dict]:
-    """Perplexity of a checkpoint on the bundled held-out text, in bf16 and by each of RECIPES; a row each.
+    """Perplexity of a checkpoint on the bundled held-out text: bf16, with an fp8 KV cache, each of RECIPES; a row each.
 
     Each recipe is written by quantize.py as a user would, in a temporary directory, and loaded from there.
     """
     tokenizer = Tokenizer(resolve(checkpoint_path))
     documents, _, _ = eval.read_documents(DEMO / "heldout.txt", tokenizer, None)
-    for mode, groupsize, method in [("bf16", None, None), *RECIPES]:
+    for mode, groupsize, method in [("bf16", None, None), ("bf16 kv fp8", None, None), *RECIPES]:
         with tempfile.TemporaryDirectory() as folder:
             directory = checkpoint_path
-            if mode != "bf16":
+            if not mode.startswith("bf16"):
                 directory = f"{folder}/quantized"
                 command = ["--checkpoint_path", str(checkpoint_path), "--mode", mode, "--out_dir", directory,
                            "--device", str(device)]  # fmt: skip
@@ -390,7 +390,11 @@ def measure_perplexities(checkpoint_path: str, device: torch.device) -> Iterator
                 with contextlib.redirect_stdout(None):
                     quantize.main(**vars(quantize.parser().parse_args(command)))
             model = load_model(directory, device, torch.bfloat16)
-            figures = eval.perplexity(model, documents, window=2048, stride=1024)
+            features = None
+            if mode == "bf16 kv fp8":
+                model.setup_caches(1, 1, "fp8")
+                features = eval.through_cache(model, model.features)
+            figures = eval.perplexity(model, documents, window=2048, stride=1024, features=features)
             size = sum(f.stat().st_size for f in resolve(directory).glob("*.safetensors")) / 1e6
         yield {"kind": "perplexity", "model": Path(checkpoint_path).name, "mode": mode, "method": method,
                "groupsize": groupsize, "size_mb": size, "perplexity": figures["perplexity"],
@@ -462,12 +466,12 @@ def main(
     pick_kv_dtype(kv_dtype, device)
     if kv_dtype and (perplexity or speculation):
         flag = "--perplexity" if perplexity else "--speculation"
-        raise ValueError(f"--kv_dtype {kv_dtype}: {flag} compares without it; eval.py and generate.py take it")
+        raise ValueError(f"--kv_dtype {kv_dtype}: {flag} itself decides what to compare; leave one of them out")
     if perplexity and ranks:
         raise ValueError("--perplexity: quantizes with one process; run it without torchrun")
     if perplexity:
         for row in measure_perplexities(checkpoint_path or DEMO, device):
-            print(f"{row['mode']:<6}{row['method'] or '':<6}{row['groupsize'] or '':<5}{row['size_mb']:>8.2f} MB"
+            print(f"{row['mode']:<12}{row['method'] or '':<6}{row['groupsize'] or '':<5}{row['size_mb']:>8.2f} MB"
                   f"{row['perplexity']:>10.4f}", flush=True)  # fmt: skip
             if record_row:
                 record(row)

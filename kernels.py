@@ -853,14 +853,14 @@ def _triton() -> SimpleNamespace:
 
     @triton.jit
     def head_scale(top):
-        """model.to_fp8's scale for vectors whose largest elements are `top`, and one over it; exact, by their bits."""
-        bits = (tl.maximum(top.to(tl.float32), 2.0**-100).to(tl.int32, bitcast=True) & 0x7F800000) - (7 << 23)
-        return bits.to(tl.float32, bitcast=True), ((254 << 23) - bits).to(tl.float32, bitcast=True)
+        """model.to_fp8's scale of vectors whose largest elements are `top`; rounded to bf16 by its bits."""
+        bits = (tl.maximum(top.to(tl.float32), 2.0**-100) / 256).to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) & -65536).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def as_e4m3(x, inverse):
+    def as_e4m3(x, scale):
         """Vectors [TP, N] over their scales as bytes of e4m3, rounded to the nearest."""
-        x = x.to(tl.float32) * inverse[:, None]
+        x = tl.div_rn(x.to(tl.float32), tl.broadcast_to(scale[:, None], x.shape))
         if INTERPRETED:  # it loses the carry from mantissa to exponent, but converts well what is rounded already
             step = tl.maximum(tl.abs(x), 2.0**-6).to(tl.int32, bitcast=True) & 0x7F800000
             large = step.to(tl.float32, bitcast=True) * (1.5 * 2.0**20)
@@ -968,9 +968,9 @@ def _triton() -> SimpleNamespace:
             )  # fmt: skip
             if k_scale is not None:
                 number: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
-                q_of, q_inverse = head_scale(tl.maximum(tl.max(tl.abs(q1), 1), tl.max(tl.abs(q2), 1)))
-                q1 = (q1.to(tl.float32) * q_inverse[:, None]).to(number)
-                q2 = (q2.to(tl.float32) * q_inverse[:, None]).to(number)
+                q_of = head_scale(tl.maximum(tl.max(tl.abs(q1), 1), tl.max(tl.abs(q2), 1)))  # into fp16's range
+                q1 = (q1.to(tl.float32) / q_of[:, None]).to(number)
+                q2 = (q2.to(tl.float32) / q_of[:, None]).to(number)
                 row_scale = (scale * q_of)[:, None]
                 unit = tl.full([], 2.0**-120, tl.float32)  # acc is in units of the largest scale of values so far
             top = tl.full([R], -float("inf"), tl.float32)
@@ -1026,10 +1026,10 @@ def _triton() -> SimpleNamespace:
                     tl.store(k_cache + own + P + i[None, :], own_k2, mask=mt[:, None])
                     tl.store(v_cache + own + d[None, :], own_v, mask=mt[:, None])
                 else:
-                    own_k_of, k_inverse = head_scale(tl.maximum(tl.max(tl.abs(own_k1), 1), tl.max(tl.abs(own_k2), 1)))
-                    own_v_of, v_inverse = head_scale(tl.max(tl.abs(own_v), 1))
-                    own_k1, own_k2 = as_e4m3(own_k1, k_inverse), as_e4m3(own_k2, k_inverse)
-                    own_v = as_e4m3(own_v, v_inverse)
+                    own_k_of = head_scale(tl.maximum(tl.max(tl.abs(own_k1), 1), tl.max(tl.abs(own_k2), 1)))
+                    own_v_of = head_scale(tl.max(tl.abs(own_v), 1))
+                    own_k1, own_k2 = as_e4m3(own_k1, own_k_of), as_e4m3(own_k2, own_k_of)
+                    own_v = as_e4m3(own_v, own_v_of)
                     k_bytes, v_bytes = k_cache.to(tl.pointer_type(tl.uint8)), v_cache.to(tl.pointer_type(tl.uint8))
                     tl.store(k_bytes + own + i[None, :], own_k1, mask=mt[:, None])
                     tl.store(k_bytes + own + P + i[None, :], own_k2, mask=mt[:, None])

@@ -183,19 +183,17 @@ def pick_kv_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., D] -> (float8_e4m3fn [..., D], its scales bfloat16 [...]), whose product is x.
 
-    Within 1/16 of each element, but for those so small that 2^-17 of the vector's largest is more.
-    A vector's scale is the power of two that brings its largest element to 128 ... 256, which e4m3 holds up to 448.
-    Powers of two cost nothing, since e4m3 is as precise in each binade; and with them the product is exact in bf16 as
-    in float32, so that whoever multiplies, a kernel or the plain code, sees the same keys and values.
+    Within 1/16 of each element, but for those so small that 2^-18 of the vector's largest is more. The largest itself
+    is kept, as 256 (e4m3 ends at 448): a few large channels are what makes keys hard, and where a scale only brings
+    them near, a power of two, perplexity suffers twice as much (benchmarks/NOTES.md). A 256th of a bf16 is a bf16.
     """
-    top = x.abs().amax(-1).float().clamp_min(2.0**-100)
-    scale = (top.view(torch.int32) & 0x7F800000).view(torch.float32) / 128  # the exponent alone
-    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale.to(torch.bfloat16)
+    scale = (x.abs().amax(-1).float().clamp_min(2.0**-100) / 256).to(torch.bfloat16)
+    return (x.float() / scale.float()[..., None]).to(torch.float8_e4m3fn), scale
 
 
 def from_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `to_fp8`, in a dtype."""
-    return x.to(dtype) * scale.to(dtype)[..., None]
+    return (x.float() * scale.float()[..., None]).to(dtype)
 
 
 class KVCache(nn.Module):
