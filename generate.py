@@ -472,7 +472,8 @@ def pick_k(speculate_k: str | None, draft: str | None, draft_path: str | None, c
 
 
 def load_draft(model: Transformer, directory: Path, draft_path: str | None, draft: str | None, quant: str | None,
-               dtype: torch.dtype | None, context: int, kv_dtype: torch.dtype | None = None) -> Transformer | None:
+               dtype: torch.dtype | None, context: int,
+               kv_dtype: torch.dtype | None = None) -> Transformer | None:  # fmt: skip
     """The model that proposes: of another checkpoint, or the target's own weights quantized; None for a lookup.
 
     draft: "int8" or "int4" quantizes it, "lookup" is none. context: tokens that both caches have to hold, in kv_dtype
