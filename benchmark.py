@@ -47,7 +47,7 @@ from generate import (
     weight_bytes,
 )
 from kernels import read_sum
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, pick_kv_dtype
 from speculative import MAX_K, Speculation, compile_step, kept_and_next
 from tables import fill_tables, one_gpu, read_rows, roofline
 from tokenizer import Tokenizer
@@ -371,16 +371,16 @@ def circumstances(device: torch.device) -> dict:
 
 
 def measure_perplexities(checkpoint_path: str, device: torch.device) -> Iterator[dict]:
-    """Perplexity of a checkpoint on the bundled held-out text, in bf16 and by each of RECIPES; a row each.
+    """Perplexity of a checkpoint on the bundled held-out text: bf16, with an fp8 KV cache, each of RECIPES; a row each.
 
     Each recipe is written by quantize.py as a user would, in a temporary directory, and loaded from there.
     """
     tokenizer = Tokenizer(resolve(checkpoint_path))
     documents, _, _ = eval.read_documents(DEMO / "heldout.txt", tokenizer, None)
-    for mode, groupsize, method in [("bf16", None, None), *RECIPES]:
+    for mode, groupsize, method in [("bf16", None, None), ("bf16 kv fp8", None, None), *RECIPES]:
         with tempfile.TemporaryDirectory() as folder:
             directory = checkpoint_path
-            if mode != "bf16":
+            if not mode.startswith("bf16"):
                 directory = f"{folder}/quantized"
                 command = ["--checkpoint_path", str(checkpoint_path), "--mode", mode, "--out_dir", directory,
                            "--device", str(device)]  # fmt: skip
@@ -390,7 +390,11 @@ def measure_perplexities(checkpoint_path: str, device: torch.device) -> Iterator
                 with contextlib.redirect_stdout(None):
                     quantize.main(**vars(quantize.parser().parse_args(command)))
             model = load_model(directory, device, torch.bfloat16)
-            figures = eval.perplexity(model, documents, window=2048, stride=1024)
+            features = None
+            if mode == "bf16 kv fp8":
+                model.setup_caches(1, 1, "fp8")
+                features = eval.through_cache(model, model.features)
+            figures = eval.perplexity(model, documents, window=2048, stride=1024, features=features)
             size = sum(f.stat().st_size for f in resolve(directory).glob("*.safetensors")) / 1e6
         yield {"kind": "perplexity", "model": Path(checkpoint_path).name, "mode": mode, "method": method,
                "groupsize": groupsize, "size_mb": size, "perplexity": figures["perplexity"],
@@ -421,6 +425,7 @@ def main(
     simulate_acceptance: float | None,
     device: str | None,
     dtype: str,
+    kv_dtype: str | None,
     batch: int,
     prompt_tokens: int,
     new_tokens: int,
@@ -458,11 +463,15 @@ def main(
     device, dtype_name, dtype = pick_device(device), dtype, pick_dtype(dtype)
     device = ranks.device(device) if ranks else device
     record_row = record_row and not (ranks and ranks.rank)
+    pick_kv_dtype(kv_dtype, device)
+    if kv_dtype and (perplexity or speculation):
+        flag = "--perplexity" if perplexity else "--speculation"
+        raise ValueError(f"--kv_dtype {kv_dtype}: {flag} itself decides what to compare; leave one of them out")
     if perplexity and ranks:
         raise ValueError("--perplexity: quantizes with one process; run it without torchrun")
     if perplexity:
         for row in measure_perplexities(checkpoint_path or DEMO, device):
-            print(f"{row['mode']:<6}{row['method'] or '':<6}{row['groupsize'] or '':<5}{row['size_mb']:>8.2f} MB"
+            print(f"{row['mode']:<12}{row['method'] or '':<6}{row['groupsize'] or '':<5}{row['size_mb']:>8.2f} MB"
                   f"{row['perplexity']:>10.4f}", flush=True)  # fmt: skip
             if record_row:
                 record(row)
@@ -485,11 +494,14 @@ def main(
 
         def build(name, recipe):
             if name == checkpoint_path:
-                return load_model(name, device, dtype, recipe)
-            torch.manual_seed(0)  # ranks cut the same weights; a draft of the same shape has them, too
-            weights = random_weights(SHAPES[name], device, dtype)
-            model = build_model(SHAPES[name], weights, device, dtype, recipe, ranks)
-            torch.seed()
+                model = load_model(name, device, dtype, recipe)
+            else:
+                torch.manual_seed(0)  # ranks cut the same weights; a draft of the same shape has them, too
+                weights = random_weights(SHAPES[name], device, dtype)
+                model = build_model(SHAPES[name], weights, device, dtype, recipe, ranks)
+                torch.seed()
+            if kv_dtype is not None:
+                model.setup_caches(1, 1, kv_dtype)  # larger ones will be of the same kind
             return model
 
         begin = time.perf_counter()
@@ -497,6 +509,7 @@ def main(
         synchronize(device)
         load_s = time.perf_counter() - begin
         kind = f"int4 g{recipe['groupsize']}" if mode == "int4" else dtype_name if recipe is None else mode
+        kind += f" kv {kv_dtype}" if kv_dtype else ""
         if draft or draft_shape:
             proposer = build(draft_shape or name, pick_recipe(draft, None))
             if not draft_shape:
@@ -570,6 +583,7 @@ def parser() -> argparse.ArgumentParser:
       help="keep each proposed token with this probability, whatever the models say: random weights agree on nothing")
     a("--device", metavar="D", help="cuda, cuda:N, mps or cpu; default: the best there is")
     a("--dtype", default="bf16", metavar="D", help="bf16, fp16 or fp32")
+    a("--kv_dtype", metavar="D", help="fp8: the KV cache in that; default: the model's dtype")
     a("--batch", type=int, default=1, metavar="B", help="rows decoded together")
     a("--prompt_tokens", type=int, default=5, metavar="N", help="length of the random prompt")
     a("--new_tokens", type=int, default=200, metavar="N", help="tokens generated")

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import tp
 from checkpoint import load_model, read_config, resolve
+from model import pick_kv_dtype
 from tokenizer import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -68,6 +69,17 @@ def score(
         nats.append(F.cross_entropy(logits, y, reduction="none"))
         greedy.append(logits.argmax(-1) == y)
     return list(zip(torch.cat(nats).cpu().split(counts), torch.cat(greedy).cpu().split(counts), strict=True))
+
+
+def through_cache(model, features: Callable) -> Callable:
+    """`model.features` of [B, T] tokens by way of the KV cache: attention sees what that keeps of keys and values."""
+
+    def cached(tokens: Tensor) -> Tensor:
+        model.setup_caches(*tokens.shape)
+        pos = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        return features(tokens, pos, model.slots[:0])  # no slots: each row is a context's beginning
+
+    return cached
 
 
 def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -349,6 +361,7 @@ def main(
     limit_tokens: int | None,
     device: str | None,
     dtype: str | None,
+    kv_dtype: str | None,
     quant: str | None,
     groupsize: int | None,
     tasks: str | None,
@@ -365,6 +378,7 @@ def main(
     ranks = tp.init_dist()
     picked = pick_device(device)
     device = ranks.device(torch.device(device or picked.type)) if ranks else picked
+    pick_kv_dtype(kv_dtype, device)
     directory = resolve(checkpoint_path)
     args, config = read_config(directory)
     tokenizer = Tokenizer(directory)
@@ -384,7 +398,12 @@ def main(
         print("--compile: a mixture of experts is evaluated without, since its routing has no static shape",
               file=sys.stderr)  # fmt: skip
     elif compile:
-        features, begin = torch.compile(model.features), time.perf_counter()
+        features = torch.compile(model.features)
+    if kv_dtype is not None:
+        model.setup_caches(1, 1, kv_dtype)  # larger ones will be of the same kind
+        features = through_cache(model, features or model.features)
+    if compile and not args.n_experts:
+        begin = time.perf_counter()
         if tasks is None:
             score(model, [[0] * window], [1], features, (batch_size, window - 1))
             compile_s = time.perf_counter() - begin
@@ -411,6 +430,7 @@ def main(
         "checkpoint": str(checkpoint_path),
         "quant": recipe if quant else config.get("quantization"),
         "dtype": str(model.tok_embeddings.weight.dtype).removeprefix("torch."),
+        "kv_dtype": kv_dtype,
         "weights_mb": weights_mb(model),
         "device": str(device),
         "load_s": load_s,
@@ -450,6 +470,7 @@ def parser() -> argparse.ArgumentParser:
     a("--limit_tokens", type=int, metavar="N", help="evaluate the first N tokens of the text; default: all")
     a("--device", metavar="D", help="cuda, cuda:N, mps or cpu; default: the best there is")
     a("--dtype", choices=DTYPES, help="default: as the checkpoint has it")
+    a("--kv_dtype", metavar="D", help="fp8: with keys and values as that KV cache keeps them; default: as they are")
     a("--quant", choices=("int8", "int4", "fp8"), help="quantize the weights while loading; default: as they are")
     a("--groupsize", type=int, metavar="G", help="of --quant int4; default: 64")
     a("--tasks", metavar="A,B", help="run these lm-eval tasks (names or YAML files) instead; pip install lm-eval")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import tp
 from checkpoint import load_model, read_config, read_json, resolve
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, pick_kv_dtype
 from quantize import QuantLinear, make_recipe, swap_linears
 from sampling import Sampler, sample
 from speculative import MAX_K, Speculation, speculate
@@ -472,11 +472,12 @@ def pick_k(speculate_k: str | None, draft: str | None, draft_path: str | None, c
 
 
 def load_draft(model: Transformer, directory: Path, draft_path: str | None, draft: str | None, quant: str | None,
-               dtype: torch.dtype | None, context: int) -> Transformer | None:  # fmt: skip
+               dtype: torch.dtype | None, context: int,
+               kv_dtype: torch.dtype | None = None) -> Transformer | None:  # fmt: skip
     """The model that proposes: of another checkpoint, or the target's own weights quantized; None for a lookup.
 
-    draft: "int8" or "int4" quantizes it, "lookup" is none. context: tokens that both caches have to hold. ValueError
-    where it has another tokenizer, too short a context, or no room in memory.
+    draft: "int8" or "int4" quantizes it, "lookup" is none. context: tokens that both caches have to hold, in kv_dtype
+    or the model's. ValueError where it has another tokenizer, too short a context, or no room in memory.
     """
     if draft == "lookup":
         return None
@@ -493,7 +494,7 @@ def load_draft(model: Transformer, directory: Path, draft_path: str | None, draf
             raise ValueError(f"{source}: the draft has a context of {args.max_seq_len} tokens, {context} are needed; "
                              "give fewer --max_new_tokens, a shorter prompt or (in a chat) a smaller --max_seq_len")
     recipe = make_recipe(draft) if draft else None
-    need = memory_of(args, recipe or stored, dtype or model.tok_embeddings.weight.dtype, context)
+    need = memory_of(args, recipe or stored, dtype or model.tok_embeddings.weight.dtype, context, kv_dtype)
     need //= tp.current().world if tp.current() else 1
     free = free_memory(device)
     if free is not None and need > free:
@@ -513,14 +514,17 @@ def share_weights(draft: Transformer, model: Transformer) -> None:
             parameter.data = mine[name].data
 
 
-def memory_of(args: ModelArgs, recipe: dict | None, dtype: torch.dtype, context: int) -> int:
+def memory_of(
+    args: ModelArgs, recipe: dict | None, dtype: torch.dtype, context: int, kv_dtype: torch.dtype | None = None
+) -> int:
     """Bytes of a model's weights, quantized by a recipe or not, and of its KV cache for so many tokens."""
     with torch.device("meta"):
         model = Transformer(args)
     if recipe:
         swap_linears(model, copy.deepcopy(recipe))
     weights = sum(p.numel() * dtype.itemsize for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    return weights + 2 * args.n_layers * args.n_kv_heads * args.head_dim * context * dtype.itemsize
+    head = args.head_dim * kv_dtype.itemsize + 2 if kv_dtype else args.head_dim * dtype.itemsize  # 2: its scale
+    return weights + 2 * args.n_layers * args.n_kv_heads * context * head
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -640,6 +644,7 @@ def main(
     compare: bool,
     device: str | None,
     dtype: str | None,
+    kv_dtype: str | None,
     max_seq_len: int | None,
     interactive: bool,
     num_samples: int,
@@ -650,6 +655,7 @@ def main(
     ranks = tp.init_dist(all_reduce)
     device, dtype = pick_device(device), pick_dtype(dtype)
     device = ranks.device(device) if ranks else device
+    kv = pick_kv_dtype(kv_dtype, device)
     if num_samples < 1:
         raise ValueError(f"--num_samples {num_samples}: it must be at least 1")
     if compile:
@@ -687,10 +693,10 @@ def main(
     if k is None:
         sampler.shard(model)
     else:
-        proposer = load_draft(model, directory, draft_checkpoint_path, draft, quant, dtype, context)
+        proposer = load_draft(model, directory, draft_checkpoint_path, draft, quant, dtype, context, kv)
         steps["speculation"] = Speculation(fill, graph_slots, k, proposer, compile)
-        steps["speculation"].setup_caches(1, context + steps["speculation"].max_k)
-    model.setup_caches(1, context + (steps["speculation"].max_k if steps else 0))
+        steps["speculation"].setup_caches(1, context + steps["speculation"].max_k, kv_dtype)
+    model.setup_caches(1, context + (steps["speculation"].max_k if steps else 0), kv_dtype)
     load_s, compile_s = time.perf_counter() - begin, None
 
     if device.type == "cuda" and not compile and any(isinstance(m, QuantLinear) for m in model.modules()):
@@ -800,6 +806,8 @@ def parser() -> argparse.ArgumentParser:
     a("--compare", action="store_true", help="speculate: decode without, too, and report the speed-up")
     a("--device", metavar="D", help="cuda, cuda:N, mps or cpu; default: the best there is")
     a("--dtype", metavar="D", help="bf16, fp16 or fp32; default: as the checkpoint has it")
+    a("--kv_dtype", metavar="D",
+      help="fp8: keep keys and values in half the memory, for long contexts; default: the model's dtype")  # fmt: skip
     a("--max_seq_len", type=int, metavar="S",
       help=f"tokens of KV cache; default: what is needed, in a chat the model's own up to {CHAT_CONTEXT}")  # fmt: skip
     a("--interactive", action="store_true", help="chat in the terminal; end with Ctrl-D")

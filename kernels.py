@@ -270,7 +270,8 @@ ATTEND_BLOCK = 64  # slots at a time
 ATTEND_ROWS = 64  # new tokens times query heads a kv head, at most
 
 
-def _attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, scale, softcap, window, eps, offset):
+def _attend(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, count, q_norm, k_norm, group, scale, softcap,
+            window, eps, offset) -> Tensor:  # fmt: skip
     """The operator hotloop::attend, see FusedAttention. Mutates the caches; `count` is zero before and after."""
     if _kernels_cuda() and _kernels_cuda().supports_attend(qkv, k_cache, group):
         return _kernels_cuda().attend(
@@ -282,15 +283,17 @@ def _attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, 
     overlap = _overlaps(qkv.device) and T == 1 and pos.is_contiguous()
     qkv, pos = qkv.contiguous(), pos.contiguous()
     K, S, D = k_cache.shape[1:]
+    if k_scale is not None:
+        k_cache, v_cache = k_cache.view(torch.int32), v_cache.view(torch.int32)
     rows, new = (max(16, 1 << (n - 1).bit_length()) for n in (group * T, T))  # tl.dot wants 16
     # Enough programs to fill the GPU at long contexts; those with nothing to do at a short one return at once.
     splits = max(1, min(64, 264 // (B * K), -(-S // ATTEND_BLOCK)))
     y = torch.empty(B, T, K * group * D, dtype=qkv.dtype, device=qkv.device)
     part = torch.empty(B * K * splits * rows * (D + 2), device=qkv.device)
     _triton().attend[(B * K, splits)](
-        qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, S, T, scale, softcap, eps, offset, window,
-        K=K, G=group, R=rows, TP=new, D=D, SPLITS=splits, SP=1 << (splits - 1).bit_length(),
-        BS=min(ATTEND_BLOCK, 32) if D > 128 else ATTEND_BLOCK,
+        qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, k_scale, v_scale, part, count, y, S, T, scale, softcap,
+        eps, offset, window, K=K, G=group, R=rows, TP=new, D=D, SPLITS=splits,
+        SP=1 << (splits - 1).bit_length(), BS=min(ATTEND_BLOCK, 32) if D > 128 else ATTEND_BLOCK,
         SOFTCAP=softcap > 0, WINDOW=window > 0, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         OVERLAP=overlap, num_warps=4 if rows * D <= 2048 else 8, launch_pdl=overlap,
     )  # fmt: skip
@@ -446,8 +449,9 @@ class FusedAttention(nn.Module):
             return self.any_length(qkv, rope, input_pos, slots)
         norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
         eps, offset = (0.0, 0.0) if self.q_norm is None else (self.q_norm.eps, self.q_norm.offset)
+        cache = self.cache
         return torch.ops.hotloop.attend(
-            qkv, *rope, input_pos, self.cache.k, self.cache.v, self.count, *norms,
+            qkv, *rope, input_pos, cache.k, cache.v, cache.k_scale, cache.v_scale, self.count, *norms,
             self.group, self.scale, self.softcap or 0.0, self.window or 0, eps, offset,
         )  # fmt: skip
 
@@ -485,7 +489,7 @@ def _triton() -> SimpleNamespace:
     # Kernels look up what they use among the names of this module.
     global tl, INTERPRETED, wait_for_input, four, byte_at, dp4a, largest, digits, by_place
     global activated, as_numbers, centered_nibbles, weight_rows, finish, arrive, head_norm, rotated, attended
-    global LOWEST, sort_keys, between, collect
+    global head_scale, as_e4m3, words_at, from_words, LOWEST, sort_keys, between, collect
     import triton
     import triton.language as tl
     from triton.language.extra import cuda
@@ -906,36 +910,87 @@ def _triton() -> SimpleNamespace:
         return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
 
     @triton.jit
+    def head_scale(top):
+        """model.to_fp8's scale of vectors whose largest elements are `top`; rounded to bf16 by its bits."""
+        bits = (tl.maximum(top.to(tl.float32), 2.0**-100) / 256).to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) & -65536).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def as_e4m3(x, scale):
+        """Vectors [TP, N] over their scales as bytes of e4m3, rounded to the nearest."""
+        x = tl.div_rn(x.to(tl.float32), tl.broadcast_to(scale[:, None], x.shape))
+        if INTERPRETED:  # it loses the carry from mantissa to exponent, but converts well what is rounded already
+            step = tl.maximum(tl.abs(x), 2.0**-6).to(tl.int32, bitcast=True) & 0x7F800000
+            large = step.to(tl.float32, bitcast=True) * (1.5 * 2.0**20)
+            x = (x + large) - large
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+    @triton.jit
+    def words_at(k_cache, v_cache, k_scale, v_scale, at, mask, D: tl.constexpr):
+        """Keys [BS, D/8] twice and values [BS, D/4] of e4m3, four in a word, and their scales [BS]."""
+        h, j = tl.arange(0, D // 8), tl.arange(0, D // 4)
+        k = k_cache + (at * (D // 4))[:, None]
+        k1 = tl.load(k + h[None, :], mask=mask[:, None], other=0)
+        k2 = tl.load(k + D // 8 + h[None, :], mask=mask[:, None], other=0)
+        v = tl.load(v_cache + (at * (D // 4))[:, None] + j[None, :], mask=mask[:, None], other=0)
+        return k1, k2, v, tl.load(k_scale + at, mask=mask, other=0.0), tl.load(v_scale + at, mask=mask, other=0.0)
+
+    @triton.jit
+    def from_words(x, dtype: tl.constexpr):
+        """Four e4m3 a word [N, M] -> numbers [N, 4M], exactly: in fp16, where two take one instruction, or float32."""
+        if INTERPRETED:
+            x0, x1 = (x & 255).to(tl.uint8), (x >> 8 & 255).to(tl.uint8)
+            x2, x3 = (x >> 16 & 255).to(tl.uint8), (x >> 24 & 255).to(tl.uint8)
+        else:
+            asm: tl.constexpr = """{ .reg .b32 a, b; .reg .b16 l, h; mov.b32 {l, h}, $4;
+                cvt.rn.f16x2.e4m3x2 a, l; cvt.rn.f16x2.e4m3x2 b, h; mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; }"""
+            fp16: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
+            x0, x1, x2, x3 = tl.inline_asm_elementwise(asm, "=h,=h,=h,=h,r", [x], dtype=fp16, is_pure=True, pack=1)
+        x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(x.shape[0], 4 * x.shape[1])
+        return as_numbers(x, dtype, "fp8" if INTERPRETED else "float", False)
+
+    @triton.jit
     def attended(
-        q1, q2, k1, k2, v, seen, top, total, acc, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
-    ):
-        """Online softmax: take some more keys [D/2, BS] twice and values [BS, D] into account, where seen [R, BS]."""
+        q1, q2, k1, k2, v, k_scale, v_scale, seen, top, total, acc, scale, softcap, SOFTCAP: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """Online softmax: take some more keys [D/2, BS] twice and values [BS, D] into account, where seen [R, BS].
+
+        Scales [BS] of keys and values, where they have some, go on the scores and on the probabilities.
+        """
         scores = tl.dot(q1, k1, input_precision=PRECISION) + tl.dot(q2, k2, input_precision=PRECISION)
         scores *= scale
+        if k_scale is not None:
+            scores *= k_scale.to(tl.float32)[None, :]
         if SOFTCAP:  # softcap * tanh(scores / softcap)
             scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
         scores = tl.where(seen, scores, -float("inf"))
         new = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(new == -float("inf"), 0.0, new)  # rows that have seen nothing yet
         e, fade = tl.exp(scores - base[:, None]), tl.exp(top - base)
-        acc = acc * fade[:, None] + tl.dot(e.to(v.dtype), v, input_precision=PRECISION)
+        p = e
+        if v_scale is not None:
+            p = e * v_scale.to(tl.float32)[None, :]
+        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         return new, total * fade + tl.sum(e, 1), acc
 
     @triton.jit
     def attend(
-        qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, S, T, scale, softcap, eps, offset, window,
-        K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, TP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-        SP: tl.constexpr, BS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-        OVERLAP: tl.constexpr,
+        qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, k_scale, v_scale, part, count, y, S, T, scale, softcap,
+        eps, offset, window, K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, TP: tl.constexpr, D: tl.constexpr,
+        SPLITS: tl.constexpr, SP: tl.constexpr, BS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+        PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Program (row b and kv head, split): its share of the context for G query heads of T new tokens.
 
         Keys and values of earlier steps are sent for before the input is waited for. The program of the last split
         takes the new tokens from the input itself, and writes them to the cache. The last program of a kv head to
         finish (counted by an atomic) combines the splits: a second kernel would cost a launch a layer.
+
+        k_scale, v_scale: where the caches are e4m3. New tokens are then attended to as later steps will read them.
         """
         b, kv, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
-        dtype: tl.constexpr = k_cache.dtype.element_ty
+        dtype: tl.constexpr = y.dtype.element_ty
         P: tl.constexpr = D // 2
         p = tl.load(pos + b * T)  # of the first new token: the slots before it are attended to
         first = p * 0
@@ -946,12 +1001,16 @@ def _triton() -> SimpleNamespace:
         start = first + split * chunk
         end = tl.minimum(start + chunk, p)
         i, d, s = tl.arange(0, P), tl.arange(0, D), tl.arange(0, BS)
-        base = (b * K + kv).to(tl.int64) * S * D
+        row = (b * K + kv).to(tl.int64) * S
+        base = row * D
         at = base + (start + s).to(tl.int64) * D
         m = start + s < end
-        k1 = tl.load(k_cache + at[None, :] + i[:, None], mask=m[None, :], other=0.0)
-        k2 = tl.load(k_cache + at[None, :] + P + i[:, None], mask=m[None, :], other=0.0)
-        v = tl.load(v_cache + at[:, None] + d[None, :], mask=m[:, None], other=0.0)
+        if k_scale is None:
+            k1 = tl.load(k_cache + at[None, :] + i[:, None], mask=m[None, :], other=0.0)
+            k2 = tl.load(k_cache + at[None, :] + P + i[:, None], mask=m[None, :], other=0.0)
+            v = tl.load(v_cache + at[:, None] + d[None, :], mask=m[:, None], other=0.0)
+        else:
+            k1, k2, v, k_of, v_of = words_at(k_cache, v_cache, k_scale, v_scale, row + start + s, m, D)
         wait_for_input(OVERLAP)
         if split < n:
             r = tl.arange(0, R)  # token r // G, query head r % G of the kv head
@@ -965,6 +1024,13 @@ def _triton() -> SimpleNamespace:
                 tl.load(cos + angle, mask=mr[:, None], other=0.0), tl.load(sin + angle, mask=mr[:, None], other=0.0),
                 q_norm, i, D, eps, offset, dtype,
             )  # fmt: skip
+            if k_scale is not None:
+                number: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
+                q_of = head_scale(tl.maximum(tl.max(tl.abs(q1), 1), tl.max(tl.abs(q2), 1)))  # into fp16's range
+                q1 = (q1.to(tl.float32) / q_of[:, None]).to(number)
+                q2 = (q2.to(tl.float32) / q_of[:, None]).to(number)
+                row_scale = (scale * q_of)[:, None]
+                unit = tl.full([], 2.0**-120, tl.float32)  # acc is in units of the largest scale of values so far
             top = tl.full([R], -float("inf"), tl.float32)
             total = tl.zeros([R], tl.float32)
             acc = tl.zeros([R, D], tl.float32)
@@ -976,12 +1042,26 @@ def _triton() -> SimpleNamespace:
                 next_slot = slot + BS  # on their way while these are worked on
                 at = base + next_slot.to(tl.int64) * D
                 m = next_slot < end
-                next_k1 = tl.load(k_cache + at[None, :] + i[:, None], mask=m[None, :], other=0.0)
-                next_k2 = tl.load(k_cache + at[None, :] + P + i[:, None], mask=m[None, :], other=0.0)
-                next_v = tl.load(v_cache + at[:, None] + d[None, :], mask=m[:, None], other=0.0)
-                top, total, acc = attended(
-                    q1, q2, k1, k2, v, seen, top, total, acc, scale, softcap, SOFTCAP, PRECISION
-                )
+                if k_scale is None:
+                    next_k1 = tl.load(k_cache + at[None, :] + i[:, None], mask=m[None, :], other=0.0)
+                    next_k2 = tl.load(k_cache + at[None, :] + P + i[:, None], mask=m[None, :], other=0.0)
+                    next_v = tl.load(v_cache + at[:, None] + d[None, :], mask=m[:, None], other=0.0)
+                    top, total, acc = attended(
+                        q1, q2, k1, k2, v, None, None, seen, top, total, acc, scale, softcap, SOFTCAP, PRECISION
+                    )
+                else:
+                    next_k1, next_k2, next_v, next_k_of, next_v_of = words_at(
+                        k_cache, v_cache, k_scale, v_scale, row + next_slot, m, D
+                    )
+                    new_unit = tl.maximum(unit, tl.max(v_of.to(tl.float32), 0))
+                    acc *= unit / new_unit
+                    unit = new_unit
+                    top, total, acc = attended(
+                        q1, q2, tl.trans(from_words(k1, number)), tl.trans(from_words(k2, number)),
+                        from_words(v, number), k_of, v_of.to(tl.float32) / unit, seen, top, total, acc, row_scale,
+                        softcap, SOFTCAP, PRECISION,
+                    )  # fmt: skip
+                    k_of, v_of = next_k_of, next_v_of
                 k1, k2, v = next_k1, next_k2, next_v
             if split == n - 1:
                 t = tl.arange(0, TP)
@@ -999,17 +1079,42 @@ def _triton() -> SimpleNamespace:
                 )  # fmt: skip
                 own_v = tl.load(k + K * D + d[None, :], mask=mt[:, None], other=0.0)
                 own = (base + new_pos.to(tl.int64) * D)[:, None]
-                tl.store(k_cache + own + i[None, :], own_k1, mask=mt[:, None])
-                tl.store(k_cache + own + P + i[None, :], own_k2, mask=mt[:, None])
-                tl.store(v_cache + own + d[None, :], own_v, mask=mt[:, None])
+                if k_scale is None:
+                    tl.store(k_cache + own + i[None, :], own_k1, mask=mt[:, None])
+                    tl.store(k_cache + own + P + i[None, :], own_k2, mask=mt[:, None])
+                    tl.store(v_cache + own + d[None, :], own_v, mask=mt[:, None])
+                else:
+                    own_k_of = head_scale(tl.maximum(tl.max(tl.abs(own_k1), 1), tl.max(tl.abs(own_k2), 1)))
+                    own_v_of = head_scale(tl.max(tl.abs(own_v), 1))
+                    own_k1, own_k2 = as_e4m3(own_k1, own_k_of), as_e4m3(own_k2, own_k_of)
+                    own_v = as_e4m3(own_v, own_v_of)
+                    k_bytes, v_bytes = k_cache.to(tl.pointer_type(tl.uint8)), v_cache.to(tl.pointer_type(tl.uint8))
+                    tl.store(k_bytes + own + i[None, :], own_k1, mask=mt[:, None])
+                    tl.store(k_bytes + own + P + i[None, :], own_k2, mask=mt[:, None])
+                    tl.store(v_bytes + own + d[None, :], own_v, mask=mt[:, None])
+                    tl.store(k_scale + row + new_pos, own_k_of.to(tl.bfloat16), mask=mt)
+                    tl.store(v_scale + row + new_pos, own_v_of.to(tl.bfloat16), mask=mt)
                 # A token that only repeats the one before it is not seen twice.
                 own_seen = mr[:, None] & (mt & (new_pos != before))[None, :] & (new_pos[None, :] <= row_pos[:, None])
                 if WINDOW:
                     own_seen = own_seen & (new_pos[None, :] > row_pos[:, None] - window)
-                top, total, acc = attended(
-                    q1, q2, tl.trans(own_k1), tl.trans(own_k2), own_v, own_seen, top, total, acc, scale, softcap,
-                    SOFTCAP, PRECISION,
-                )  # fmt: skip
+                if k_scale is None:
+                    top, total, acc = attended(
+                        q1, q2, tl.trans(own_k1), tl.trans(own_k2), own_v, None, None, own_seen, top, total, acc, scale,
+                        softcap, SOFTCAP, PRECISION,
+                    )  # fmt: skip
+                else:
+                    new_unit = tl.maximum(unit, tl.max(own_v_of, 0))
+                    acc *= unit / new_unit
+                    unit = new_unit
+                    own_k1, own_k2 = as_numbers(own_k1, number, "fp8", False), as_numbers(own_k2, number, "fp8", False)
+                    own_v = as_numbers(own_v, number, "fp8", False)
+                    top, total, acc = attended(
+                        q1, q2, tl.trans(own_k1), tl.trans(own_k2), own_v, own_k_of, own_v_of / unit, own_seen, top,
+                        total, acc, row_scale, softcap, SOFTCAP, PRECISION,
+                    )  # fmt: skip
+            if k_scale is not None:
+                acc *= unit
             out = y + (b * T + r // G)[:, None] * (K * G * D) + (kv * G + r % G)[:, None] * D + d[None, :]
             if n == 1:
                 total = tl.where(mr, total, 1.0)
@@ -1151,8 +1256,8 @@ def _triton() -> SimpleNamespace:
     )
     library.define(
         "attend(Tensor qkv, Tensor cos, Tensor sin, Tensor pos, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-        "Tensor(c!) count, Tensor? q_norm, Tensor? k_norm, int group, float scale, float softcap, int window, "
-        "float eps, float offset) -> Tensor"
+        "Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor(e!) count, Tensor? q_norm, Tensor? k_norm, int group, "
+        "float scale, float softcap, int window, float eps, float offset) -> Tensor"
     )
     library.define("top_k(Tensor logits, int k) -> (Tensor, Tensor)")
     library.impl("linear", _linear, "CompositeExplicitAutograd")
@@ -1164,7 +1269,7 @@ def _triton() -> SimpleNamespace:
         return x.new_empty(*x.shape[:-1], weight.shape[0] // (2 if activation else 1))
 
     @torch.library.register_fake("hotloop::attend", lib=library)
-    def attend_shape(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, *settings):
+    def attend_shape(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, count, q_norm, k_norm, group, *more):
         return qkv.new_empty(*qkv.shape[:2], k_cache.shape[1] * group * k_cache.shape[3])
 
     @torch.library.register_fake("hotloop::top_k", lib=library)

@@ -28,7 +28,7 @@ ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 # As in linear_cuda.cu; CHUNK is what a block copies of a row at a time, in bytes.
 TILE_ROWS, CHUNK = 16, 2048
 MAX_COLUMNS = 32768
-MAX_STAGES = 4  # more take memory from the L1 cache, and are slower
+MAX_STAGES = (4, 3, 4, 3)  # by kind; more take memory from the L1 cache, and are slower
 
 
 @functools.cache
@@ -162,7 +162,7 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
         parts = 2 * warps * TILE_ROWS * room * 4
         totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
         base = x + units + parts + totals + 32
-        stages = min(MAX_STAGES, (most - base) // stage)
+        stages = min(MAX_STAGES[kind], (most - base) // stage)
         if columns * (panels - 1) < K:  # the last panel is not empty
             plans.append(Plan(room, warps, stages, panels, panels == 1 and rounds >= 4, base + stages * stage))
     return max(plans, key=lambda plan: (plan.stages, -plan.panels))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 # Queries attended at once. Bounds every attention mask to QUERY_BLOCK x S: no S x S tensor exists anywhere.
 QUERY_BLOCK = 512
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+KV_DTYPES = {"fp8": torch.float8_e4m3fn}  # of a KV cache, beside the model's own dtype
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -165,19 +166,69 @@ class RMSNorm(nn.Module):
         return (h * (self.weight.float() + self.offset)).to(x.dtype)
 
 
+def pick_kv_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    """The dtype of a KV cache by its name in KV_DTYPES; None: the model's own. ValueError where there is none such."""
+    if name is None:
+        return None
+    if name not in KV_DTYPES:
+        raise ValueError(f"--kv_dtype {name}: not known; known: {', '.join(KV_DTYPES)} (without it, the model's dtype)")
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+    if old or device.type == "mps":
+        what = "an older GPU" if old else "an Apple GPU"
+        raise ValueError(f"--kv_dtype {name}: needs a CPU or a GPU of compute capability 8.9, this is {what}; "
+                         "leave it out")  # fmt: skip
+    return KV_DTYPES[name]
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> (float8_e4m3fn [..., D], its scales bfloat16 [...]), whose product is x.
+
+    Within 1/16 of each element, but for those so small that 2^-18 of the vector's largest is more. The largest itself
+    is kept, as 256 (e4m3 ends at 448): a few large channels are what makes keys hard, and where a scale only brings
+    them near, a power of two, perplexity suffers twice as much (benchmarks/NOTES.md). A 256th of a bf16 is a bf16.
+    """
+    scale = (x.abs().amax(-1).float().clamp_min(2.0**-100) / 256).to(torch.bfloat16)
+    return (x.float() / scale.float()[..., None]).to(torch.float8_e4m3fn), scale
+
+
+def from_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_fp8`, in a dtype."""
+    return (x.float() * scale.float()[..., None]).to(dtype)
+
+
 class KVCache(nn.Module):
-    """Keys and values of one layer, allocated once: k and v are [B, K, S, D]."""
+    """Keys and values of one layer, allocated once: k and v are [B, K, S, D].
+
+    In float8_e4m3fn each of their vectors has a scale of its own, [B, K, S]. It is found when the token is written and
+    depends on nothing else: no calibration, and a slot may be overwritten at any time, as when speculation rolls back.
+    """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         super().__init__()
+        scale = torch.zeros(shape[:3], dtype=torch.bfloat16, device=device) if dtype == torch.float8_e4m3fn else None
         self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("k_scale", scale, persistent=False)
+        self.register_buffer("v_scale", scale if scale is None else scale.clone(), persistent=False)
 
-    def update(self, input_pos: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
-        """Write slot input_pos[b, t] of row b. Rows beyond B keep what they hold."""
+    def update(self, input_pos: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write slot input_pos[b, t] of row b -> k and v as `read` gives them. Rows beyond B keep what they hold."""
         rows = torch.arange(input_pos.shape[0], device=input_pos.device)[:, None]
-        self.k[rows, :, input_pos] = k_BTKD
-        self.v[rows, :, input_pos] = v_BTKD
+        if self.k_scale is None:
+            self.k[rows, :, input_pos] = k_BTKD
+            self.v[rows, :, input_pos] = v_BTKD
+            return k_BTKD, v_BTKD
+        (k, k_scale), (v, v_scale) = to_fp8(k_BTKD), to_fp8(v_BTKD)
+        self.k[rows, :, input_pos], self.k_scale[rows, :, input_pos] = k, k_scale
+        self.v[rows, :, input_pos], self.v_scale[rows, :, input_pos] = v, v_scale
+        return from_fp8(k, k_scale, k_BTKD.dtype), from_fp8(v, v_scale, v_BTKD.dtype)
+
+    def read(self, B: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """k and v of the first B rows and n slots, [B, K, n, D] each: only these are read, however many there are."""
+        k, v = self.k[:B, :, :n], self.v[:B, :, :n]
+        if self.k_scale is None:
+            return k, v
+        return from_fp8(k, self.k_scale[:B, :, :n], dtype), from_fp8(v, self.v_scale[:B, :, :n], dtype)
 
 
 def masked_attention(q_BHTD, k_BKSD, v_BKSD, mask_BTS, scale: float, softcap: float | None) -> Tensor:
@@ -232,12 +283,11 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         q = q.transpose(1, 2)
         if slots is not None:
-            self.cache.update(input_pos, k, v)
+            k, v = self.cache.update(input_pos, k, v)
         if slots is None or slots.shape[0] == 0:
             y = self.causal(q, k.transpose(1, 2), v.transpose(1, 2))
         else:
-            # Only the slots in use are read, however large the cache was allocated.
-            k, v = self.cache.k[:B, :, : slots.shape[0]], self.cache.v[:B, :, : slots.shape[0]]
+            k, v = self.cache.read(B, slots.shape[0], q.dtype)
             y = torch.cat(
                 [
                     masked_attention(q_block, k, v, self.mask(pos_block, slots), self.scale, self.softcap)
@@ -401,6 +451,7 @@ class Transformer(nn.Module):
         self.register_buffer("embedding_scale", torch.tensor(args.embedding_scale, device="cpu"), persistent=False)
         self.register_buffer("slots", None, persistent=False)
         self.max_batch_size = self.max_seq_len = 0
+        self.kv_dtype: torch.dtype | None = None  # of the caches; None: the embedding's
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -408,15 +459,20 @@ class Transformer(nn.Module):
         if self.args.tie_embeddings and isinstance(self.output, nn.Linear):
             self.output.weight = self.tok_embeddings.weight
 
-    def setup_caches(self, batch_size: int, max_seq_len: int) -> None:
-        """Allocate the KV caches, [batch_size, K, max_seq_len, D] a layer, in the embedding's dtype and device.
+    def setup_caches(self, batch_size: int, max_seq_len: int, kv_dtype: str | None = None) -> None:
+        """Allocate the KV caches, [batch_size, K, max_seq_len, D] a layer, on the embedding's device.
 
-        A call that the present caches already satisfy changes nothing, so prompts of any length and smaller
-        batches reuse them.
+        kv_dtype: one of KV_DTYPES, "fp8" for caches of half the size; None: as the present ones, at first the
+        embedding's. A call that the present caches already satisfy changes nothing, so prompts of any length and
+        smaller batches reuse them. ValueError for a kv_dtype that is unknown, that the device lacks, or too late.
         """
+        weight = self.tok_embeddings.weight
+        wanted = pick_kv_dtype(kv_dtype, weight.device)
+        if wanted and self.max_batch_size and self.kv_dtype is None:  # captured graphs would read the old ones
+            raise ValueError(f"kv_dtype {kv_dtype}: there are other caches already; give it in the first call")
+        self.kv_dtype = wanted or self.kv_dtype
         if batch_size <= self.max_batch_size and max_seq_len <= self.max_seq_len:
             return
-        weight = self.tok_embeddings.weight
         self.max_batch_size, self.max_seq_len = max(batch_size, self.max_batch_size), max(max_seq_len, self.max_seq_len)
         n_slots = -(-self.max_seq_len // 64) * 64  # a round number, as kernels like it
         for layer in self.layers:
@@ -425,7 +481,7 @@ class Transformer(nn.Module):
             n_kv_heads = layer.qkv.linear.out_features // (a.head_dim * (a.group + 2))
             # Slots to spare: a compiler specializes on a slice of all of a dimension, and would compile that again.
             shape = (self.max_batch_size, n_kv_heads, n_slots + 64, a.head_dim)
-            a.cache = KVCache(shape, weight.dtype, weight.device)
+            a.cache = KVCache(shape, self.kv_dtype or weight.dtype, weight.device)
         self.slots = torch.arange(n_slots, device=weight.device)
 
     def features(self, tokens: Tensor, input_pos: Tensor | None = None, slots: Tensor | None = None) -> Tensor:

@@ -370,11 +370,11 @@ class Speculation:
         self.cached: list[int] = []  # how many leading tokens of each row the draft's cache holds
         self.statistics = Statistics(self.max_k)
 
-    def setup_caches(self, batch_size: int, max_seq_len: int) -> None:
-        """Room for the draft's keys and values; one that is made anew holds nothing."""
+    def setup_caches(self, batch_size: int, max_seq_len: int, kv_dtype: str | None = None) -> None:
+        """Room for the draft's keys and values, as its own setup_caches; one that is made anew holds nothing."""
         if self.draft is not None:
             slots = self.draft.slots
-            self.draft.setup_caches(batch_size, max_seq_len)
+            self.draft.setup_caches(batch_size, max_seq_len, kv_dtype)
             self.cached = self.cached if self.draft.slots is slots else []
 
     def run(self, key: tuple, work: Callable[[], None], kept: Sequence[Tensor]) -> None:

@@ -119,6 +119,7 @@ def edit_config(directory: Path, **changes) -> None:
         (["--device", "cuda:99"], ["--device cuda:99", "not available", "cpu"]),
         (["--device", "cuda:x"], ["--device cuda:x"]),
         (["--device", "cpu:1"], ["--device cpu:1", "not available"]),
+        (["--kv_dtype", "int3"], ["--kv_dtype int3", "known: fp8"]),
         (["--dtype", "fp8"], ["--dtype fp8", "bf16, fp16, fp32"]),
         (["--checkpoint_path", "no/such/dir"], ["no/such/dir", "no such directory"]),
         (["--checkpoint_path", "nowhere"], ["nowhere", "no such directory"]),
@@ -273,6 +274,17 @@ def test_profile(cli, tmp_path):
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
     assert [p.name for p in tmp_path.iterdir()] == ["trace.json"]
+
+
+def test_kv_dtype(cli):
+    command = (*SHORT, "--temperature", "0", "--json", "--kv_dtype", "fp8")
+    tokens = [json.loads(cli(*command, *more).out.splitlines()[-1])["tokens"] for more in ((), ("--draft", "int8"))]
+    assert len(tokens[0]) == 4 and tokens[0] == tokens[1]
+    command = ("--limit_tokens", "1000", "--window", "256", "--json", "--device", "cpu")
+    runs = [cli(*command, *more, script="eval.py") for more in ((), ("--kv_dtype", "fp8"))]
+    plain, result = (json.loads(done.out.splitlines()[-1]) for done in runs)
+    assert (result["kv_dtype"], plain["kv_dtype"]) == ("fp8", None)
+    assert 1.0001 < result["perplexity"] / plain["perplexity"] < 1.03
 
 
 def test_dtype(cli):

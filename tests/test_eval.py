@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import eval as evaluation
 from checkpoint import load_model
-from eval import perplexity, read_documents, score, sliding_windows
+from eval import perplexity, read_documents, score, sliding_windows, through_cache
 from tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -156,6 +156,24 @@ def test_compiled_equals_eager(tiny, documents):
     ours, _ = tiny
     compiled = perplexity(ours, documents, 32, 16, batch_size=4, features=torch.compile(ours.features))
     assert compiled["nats"] == pytest.approx(perplexity(ours, documents, 32, 16)["nats"], rel=1e-5)
+
+
+def test_through_the_cache(tiny, documents):
+    """Plain caches change nothing; fp8 ones give what decoding with them, token by token, would."""
+    model = copy.deepcopy(tiny[0])
+    expected = perplexity(model, documents, 32, 16, batch_size=4)["nats"]
+    cached = perplexity(model, documents, 32, 16, batch_size=4, features=through_cache(model, model.features))["nats"]
+    assert cached == pytest.approx(expected, rel=1e-6)
+    model = copy.deepcopy(tiny[0])
+    model.setup_caches(1, 1, "fp8")
+    row = documents[0][:50]
+    model.setup_caches(1, 64)
+    with torch.no_grad():
+        steps = [model(torch.tensor([[t]]), torch.tensor([[i]]))[0, 0] for i, t in enumerate(row[:-1])]
+    nats = F.cross_entropy(torch.stack(steps), torch.tensor(row[1:]), reduction="sum").item()
+    cached = perplexity(model, [row], 64, 32, features=through_cache(model, model.features))["nats"]
+    assert cached == pytest.approx(nats, rel=1e-5)
+    assert cached != pytest.approx(perplexity(model, [row], 64, 32)["nats"], rel=1e-4)
 
 
 def test_words_and_bytes(tiny, tmp_path):

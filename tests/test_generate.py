@@ -28,7 +28,7 @@ from generate import (  # noqa: E402
     slots_for,
     warm_up,
 )
-from model import QUERY_BLOCK  # noqa: E402
+from model import QUERY_BLOCK, from_fp8, pick_kv_dtype, to_fp8  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -383,6 +383,94 @@ def test_slots_never_exceed_the_cache(tiny):
         slots = slots_for(model, n)
         assert n <= len(slots) <= model.layers[0].attention.cache.k.shape[2]
         assert torch.equal(slots, torch.arange(len(slots)))
+
+
+# --------------------------------------------------------------------------------------------------- an fp8 KV cache
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp8_round_trip(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 64, generator=generator) * 2.0 ** torch.randint(-12, 8, (500, 1), generator=generator)
+    x[:100] *= torch.randn(100, 64, generator=generator) ** 8  # elements of very different sizes
+    x[100] = 0
+    x[101:103] = torch.tensor([1.0, 255.0])[:, None]
+    x = x.clamp(-3e4, 3e4).to(dtype)
+    q, scale = to_fp8(x)
+    assert (q.dtype, scale.dtype, scale.shape) == (torch.float8_e4m3fn, torch.bfloat16, (500,))
+    y, top = from_fp8(q, scale, dtype), x.abs().amax(-1, keepdim=True)
+    assert y.dtype == dtype and y.isfinite().all()
+    wrong, rounding = (y.double() - x.double()).abs(), 2.0**-7 if dtype == torch.bfloat16 else 2.0**-8
+    assert (wrong <= torch.maximum(x.abs().double() * (1 / 16 + rounding), top.double() * 2**-17)).all()
+    assert (wrong[x.abs() == top] <= (top.expand_as(x)[x.abs() == top].double() * rounding)).all()
+    assert torch.equal(y[100:103], x[100:103])  # what is as large as the largest is kept, and zeros
+
+
+@pytest.fixture
+def alone():
+    """One thread: models so small wait for the others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def fp8_caches(model, batch: int = 1, length: int = 1200):
+    model.setup_caches(batch, length, "fp8")
+    return model
+
+
+def test_fp8_cache_is_half_as_large_and_stays_fp8(tiny):
+    model, plain = fp8_caches(tiny(head_dim=64)), tiny(head_dim=64).to(torch.bfloat16)
+    plain.setup_caches(1, 1200)
+    small, large = (sum(b.nbytes for b in m.layers[0].attention.cache.buffers()) for m in (model, plain))
+    assert small == large * (64 + 2) / (2 * 64)
+    columns(generate(model, [tokens(5)] * 3, 2))  # larger ones, by someone who does not ask for a dtype
+    assert model.layers[1].attention.cache.k.dtype == torch.float8_e4m3fn
+    assert model.layers[1].attention.cache.k_scale.shape == model.layers[1].attention.cache.k.shape[:3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, dict(sliding_window=8), dict(attn_softcap=3.0, qk_norm=True)], ids=str)
+def test_fp8_keys_and_values_are_the_same_however_they_come(tiny, changes, alone):
+    """A prompt at once, before anything is in the cache or through it, in chunks, and step by step: one result."""
+    ids, pos = torch.tensor([tokens(60), tokens(60, seed=1)]), torch.arange(60).expand(2, -1)
+    plain, results = tiny(**changes)(ids), []
+    for sizes, slots in (([60], 0), ([60], 64), ([1] * 60, 64), ([7, 8, 16, 1, 2, 3, 4, 5, 6, 8], 64), ([30, 30], 64)):
+        model = fp8_caches(tiny(**changes), batch=2)
+        parts = zip(ids.split(sizes, 1), pos.split(sizes, 1), strict=True)
+        results.append(torch.cat([model(x, p, model.slots[:slots]) for x, p in parts], 1))
+    for result in results:
+        torch.testing.assert_close(result, results[0], atol=2e-5 * results[0].abs().max().item(), rtol=0)
+    assert 1e-3 < (results[0] - plain).norm() / plain.norm() < 0.25  # of random weights, whose logits change easily
+
+
+def test_fp8_ragged_row_equals_that_row_alone(tiny, alone):
+    prompts = [tokens(n, seed=n) for n in (5, 1, QUERY_BLOCK + 9, 40)]
+    together = columns(generate(fp8_caches(tiny()), prompts, 20))
+    for prompt, row in zip(prompts, together, strict=True):
+        assert columns(generate(fp8_caches(tiny()), [prompt], 20))[0].tolist() == row.tolist()
+
+
+def test_fp8_cache_compiled_and_reused(tiny, alone):
+    model = fp8_caches(tiny(n_layers=1))
+    steps = dict(decode=compile_decode(model))
+    for length in (40, 5, 70):
+        expected = columns(generate(fp8_caches(tiny(n_layers=1)), [tokens(length)], 12))
+        assert torch.equal(columns(generate(model, [tokens(length)], 12, **steps)), expected), length
+
+
+def test_fp8_cache_refusals(tiny, monkeypatch):
+    model = tiny()
+    with pytest.raises(ValueError, match="--kv_dtype int3: not known; known: fp8"):
+        model.setup_caches(1, 10, "int3")
+    model.setup_caches(1, 10)
+    with pytest.raises(ValueError, match="first call"):
+        model.setup_caches(1, 10, "fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    for name in ("cuda", "mps"):
+        with pytest.raises(ValueError, match="--kv_dtype fp8: needs .* 8.9"):
+            pick_kv_dtype("fp8", torch.device(name))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert pick_kv_dtype("fp8", torch.device("cuda")) == torch.float8_e4m3fn
 
 
 # ----------------------------------------------------------------------------------------------------- no S x S term

@@ -340,6 +340,21 @@ def test_the_whole_context_can_be_used(tiny):
         next(generate(model, [prompt], 25, Sampler(), speculation=speculation(8, draft)))
 
 
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_greedy_equals_plain_with_an_fp8_cache(tiny, k):
+    """Proposals that are rejected leave their keys and scales behind; what is written over them is all that is read."""
+    model, plain, draft = tiny(), tiny(), perturbed(tiny(), tiny, 0.05)
+    plain.setup_caches(3, 100, "fp8")
+    prompts = [tokens(n, seed=n) for n in (7, 1, 40)]
+    for how in (speculation(k, draft), speculation(k)):
+        model.setup_caches(3, 100, "fp8")
+        how.setup_caches(3, 100, "fp8")
+        for batch in (prompts[:1], prompts):
+            out = columns(generate(model, batch, 30, Sampler(), speculation=how))
+            assert torch.equal(out, columns(generate(plain, batch, 30)))
+    assert draft.layers[0].attention.cache.k.dtype == torch.float8_e4m3fn
+
+
 def test_columns_are_as_generates(tiny):
     how = speculation(4, tiny())
     kept = list(generate(tiny(), [tokens(4), tokens(6)], 9, Sampler(), speculation=how))

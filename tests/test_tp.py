@@ -104,6 +104,17 @@ def draws(model, rule: dict, n: int = 4000) -> torch.Tensor:
     return sampler(logits.expand(n, -1))[:, 0]
 
 
+def with_fp8_cache(model) -> torch.Tensor:
+    """Greedy tokens of three prompts, with keys and values in fp8."""
+    model.setup_caches(3, 32, "fp8")
+    sampler = Sampler()
+    sampler.shard(model)
+    out = torch.stack(list(generate(model, PROMPTS, 8, sampler)), 1)
+    if isinstance(model.logits, tp.ShardedLogits):
+        model.logits.local = False
+    return out
+
+
 RULES = {
     "plain": dict(temperature=1.5),
     "top_k": dict(temperature=2.0, top_k=7),
@@ -124,6 +135,7 @@ def worker(folder: Path) -> None:
             assert len(set(ranks.gather(str(results[name]["greedy"])))) == 1, f"{name}: ranks disagree"
         directory = results and json.loads((folder / "cases.json").read_text())[0][1]
         model = load_model(directory, "cpu", torch.float32)
+        results["kv fp8"] = with_fp8_cache(model)
         for name, rule in RULES.items():
             results[name] = draws(model, rule)
             assert len(set(ranks.gather(str(results[name].tolist())))) == 1, f"{name}: ranks disagree"
@@ -285,6 +297,13 @@ def test_sampled_distribution(rule, world, ranks, directories):
     chi2, degrees = ((seen - expected) ** 2 / expected.clamp_min(1e-9)).sum(), max(1, int(big.sum()))
     assert chi2 < degrees + 4 * (2 * degrees) ** 0.5 + 4
     assert len(set(draws.tolist())) > 3
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_fp8_cache_equals_one_process(world, ranks, directories):
+    expected = with_fp8_cache(load_model(directories["llama"], "cpu", torch.float32))
+    assert all(torch.equal(result["kv fp8"], expected) for result in ranks[world])
+    assert len(set(expected.flatten().tolist())) > 3
 
 
 def test_uneven_heads_are_refused(ranks):
