@@ -273,7 +273,7 @@ ATTEND_ROWS = 64  # new tokens times query heads a kv head, at most
 def _attend(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, count, q_norm, k_norm, group, scale, softcap,
             window, eps, offset) -> Tensor:  # fmt: skip
     """The operator hotloop::attend, see FusedAttention. Mutates the caches; `count` is zero before and after."""
-    if _kernels_cuda() and _kernels_cuda().supports_attend(qkv, k_cache, group):
+    if _kernels_cuda() and _kernels_cuda().supports_attend(qkv, k_cache, v_cache, group, q_norm):
         return _kernels_cuda().attend(
             qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, scale, softcap, window, eps, offset
         )

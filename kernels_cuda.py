@@ -1,9 +1,9 @@
-"""The linear of a few rows for Hopper GPUs and newer, in CUDA C++ (kernels_cuda.cu): `kernels.linear` runs it where it
-is the fastest, see `supports`, and Triton elsewhere.
+"""Linears of a few rows, and attention of a few new tokens, for Hopper GPUs and newer, in CUDA C++ (linear_cuda.cu,
+attend_cuda.cu): kernels.py runs them wherever `supports` and `supports_attend` say so, and Triton elsewhere.
 
-Tensor cores multiply two to eight rows in the time of one, if nothing else takes longer: int8 and int4 go to them as
-the integers that they are, and the copies of weights that feed them are no work of the threads that compute, neither of
-which Triton can be told. The C++ is compiled by NVRTC, which every CUDA build of PyTorch brings along, in half a second
+What Triton cannot be told: which warps copy weights and which compute, so that copies never wait; int8 and int4 weights
+multiplied by tensor cores as the integers that they are; loads that begin before the kernel before this one has ended,
+and stay in registers. The C++ is compiled by NVRTC, which every CUDA build of PyTorch brings along, in half a second
 a variant, when it is first wanted; no compiler need be installed. Nothing is loaded on import.
 
 Try it (on such a GPU):  python -c "import torch, kernels_cuda as k; x = torch.ones(2, 256, device='cuda').bfloat16();
@@ -43,7 +43,7 @@ def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tenso
              norm: Tensor | None = None, residual: Tensor | None = None) -> bool:  # fmt: skip
     """Whether `linear` should take these: bf16, so few rows, and columns and addresses that fill its copies."""
     kind, K = KINDS.get(weight.dtype), x.shape[-1]
-    if kind is None or x.numel() // K > MAX_ROWS or K > MAX_COLUMNS or K % COLUMNS[kind]:
+    if kind is None or not 0 < x.numel() // K <= MAX_ROWS or K > MAX_COLUMNS or K % COLUMNS[kind]:
         return False
     if not available(x.device) or any(t is not None and t.dtype != torch.bfloat16 for t in (x, bias, norm, residual)):
         return False
@@ -67,8 +67,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     """`kernels.linear_reference` for what `supports` accepts: x bf16 [..., K] -> bf16 [..., N].
 
     Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative to the largest of 128 columns, or of 32;
-    fp8 ones below 2^68. x may still be on its way from the kernel before this one; the residual must be older than
-    that, as a layer's is. Raises RuntimeError where the driver or the compiler reports an error.
+    fp8 ones below 2^68. x may still be on its way from the kernel before this one. Raises RuntimeError where the driver
+    or the compiler reports an error.
     """
     K = x.shape[-1]
     M, N = x.numel() // K, weight.shape[0] // (2 if activation else 1)
@@ -89,38 +89,41 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     return y
 
 
-HEAD_DIMS, MAX_TOKENS, ATTEND_ROWS = (64, 128), 8, 8  # of `attend`; rows of queries are a block's
+HEAD_DIMS, MAX_TOKENS, MAX_COUNTS = (64, 128), 8, 4096
+ATTEND_WARPS, ATTEND_ROWS, SPAN = 8, 8, 256  # of a block, as in attend_cuda.cu; slots that are worth one of their own
 
 
-def supports_attend(qkv: Tensor, k_cache: Tensor, group: int) -> bool:
-    """Whether `attend` should take these: bf16, few new tokens."""
-    B, T = qkv.shape[:2]
-    K, _, D = k_cache.shape[1:]
-    return (
-        D in HEAD_DIMS and T <= MAX_TOKENS and available(qkv.device)
-        and qkv.dtype == k_cache.dtype == torch.bfloat16 and k_cache.is_contiguous()
-    )  # fmt: skip
+def supports_attend(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, norm: Tensor | None = None) -> bool:
+    """Whether `attend` should take these: bf16, few new tokens, heads of a size that there is a kernel for."""
+    (B, T), (K, _, D) = qkv.shape[:2], k_cache.shape[1:]
+    if D not in HEAD_DIMS or not 0 < T <= MAX_TOKENS or B * K * -(-group * T // ATTEND_ROWS) > MAX_COUNTS:
+        return False
+    if not available(qkv.device):
+        return False
+    if any(t is not None and t.dtype != torch.bfloat16 for t in (qkv, k_cache, v_cache, norm)):
+        return False
+    return all(t.device == qkv.device and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (k_cache, v_cache))
 
 
 def attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, scale, softcap, window, eps, offset):
     """The operator hotloop::attend (see kernels.FusedAttention) for what `supports_attend` accepts.
 
     qkv bf16 [B, T, (H + 2K) D], which may be on its way from the kernel before this one; cos and sin float32
-    [B, T, 1, D/2], pos int64 [B, T]; caches bf16 [B or more, K, S, D], which are written to; count int32, zero before
-    and after. -> bf16 [B, T, H D].
+    [B, T, 1, D/2], pos int64 [B, T]; caches bf16 [B or more, K, S, D], which are written to; count int32 [MAX_COUNTS],
+    zero before and after. -> bf16 [B, T, H D].
     """
     B, T = qkv.shape[:2]
     K, S, D = k_cache.shape[1:]
     qkv, pos = qkv.contiguous(), pos.contiguous()
     # Enough blocks to fill the GPU at long contexts; those with nothing to do at a short one return at once.
     blocks = B * K * -(-group * T // ATTEND_ROWS)
-    splits = max(1, min(64, 2 * _multiprocessors(qkv.device) // blocks, -(-S // 256)))
+    splits = max(1, min(64, 2 * _multiprocessors(qkv.device) // blocks, -(-S // SPAN)))
     y = torch.empty(B, T, K * group * D, dtype=qkv.dtype, device=qkv.device)
     part = torch.empty(blocks * splits * ATTEND_ROWS * (D + 2), device=qkv.device)
     values = [qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, T, K, group, S]
     values += [scale, softcap, window, eps, offset]
     function = _function("attend", (f"D={D}",), qkv.device)
-    _launch(function, (blocks, splits), 256, 0, values, qkv.device)
+    _launch(function, (blocks, splits), ATTEND_WARPS * 32, 0, values, qkv.device)
     return y
 
 
@@ -239,10 +242,17 @@ def _function(name: str, options: tuple[str, ...], device: torch.device) -> ctyp
     return function
 
 
+def _argument(value):
+    """A kernel's parameter of a tensor (its address), None, a number, or a ctypes object, which it is already."""
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    kind = {int: ctypes.c_int, float: ctypes.c_float, type(None): ctypes.c_void_p}.get(type(value))
+    return kind(value) if kind else value
+
+
 def _launch(function: ctypes.c_void_p, grid: tuple[int, int], threads: int, shared: int, values: list, device) -> None:
-    """Launch a kernel that may start while the one before it ends. values: tensors, None, numbers, ctypes objects."""
-    kinds = {int: ctypes.c_int, float: ctypes.c_float, type(None): ctypes.c_void_p}
-    values = [ctypes.c_void_p(v.data_ptr()) if isinstance(v, Tensor) else kinds.get(type(v), lambda v: v)(v) for v in values]
+    """Launch a kernel that may start while the one before it ends, on `shared` bytes of shared memory a block."""
+    values = [_argument(v) for v in values]
     parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
     attribute = _Attribute(id=6)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value[0] = 1

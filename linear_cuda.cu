@@ -1,15 +1,16 @@
 // y = x @ W.T for one to eight rows of x, on Hopper and newer; see kernels_cuda.py, which compiles and launches it.
 //
-// A memory bus is kept busy by requests that never wait for arithmetic. One block a multiprocessor takes an even share
-// of W's rows. Its last warp does nothing but send for them, by tensor copies into a ring of stages in shared memory (16
+// A memory bus is kept busy by requests that never wait for arithmetic. One block a multiprocessor takes a share of W's
+// rows. One of its warps does nothing but send for them, by tensor copies into a ring of stages in shared memory (16
 // rows of W, CHUNK bytes of each); it does not wait for x, so that the first stages are under way while the kernel
-// before this one ends (programmatic dependent launch).
+// before this one ends (programmatic dependent launch). Where there are many rows, whoever is faster takes more.
 //
-// The other warps multiply on tensor cores, weights as the tall operand: the stage's 16 rows by x's 8 columns. Sums do
-// not care about the order of columns of W, so that each thread takes 16 neighbouring bytes of a row, and x lies in
-// shared memory in the order that this gives; where x is too large, a panel of its columns at a time. int8 and int4 are
+// Other warps multiply on tensor cores, weights as the tall operand: the stage's 16 rows by x's 8 columns. Sums do not
+// care about the order of columns of W, so that each thread takes 16 neighbouring bytes of a row, and x lies in shared
+// memory in the order that this gives; where x is too large, a panel of its columns at a time. int8 and int4 are
 // multiplied as integers, which saves turning them into floats: x becomes 15-bit integers relative to the largest of
-// its 128 neighbours (int4: 32), two digits of 8 bits, each a column of its own.
+// its 128 neighbours (int4: 32), two digits of 8 bits, each a column of its own. One last warp adds up what these warps
+// leave for a tile of 16 rows, and stores it, while they are at the next one.
 //
 // Set at compilation: KIND (0 bf16, 1 fp8 e4m3, 2 int8, 3 int4), GROUP (of int4, else any), ROOM (rows of x it has
 // room for), CHUNK. Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor, mbarrier, griddepcontrol).
@@ -55,6 +56,7 @@ __device__ __forceinline__ void copy(u32 to, const TensorMap* map, int row, int 
                  :: "r"(to), "l"(map), "r"(0), "r"(row), "r"(block), "r"(barrier) : "memory");
 }
 
+__device__ __forceinline__ u16 load_fresh(const u16* p) { u16 v; asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p)); return v; }
 __device__ __forceinline__ uint4 load_fresh(const uint4* p) {  // from L2: L1 may remember an earlier kernel's buffer
     uint4 v;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
@@ -180,7 +182,7 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
                 #pragma unroll
                 for (int j = 0; j < EACH; j++) {
                     const int m = lane / ROWS + 2 * j;
-                    rest[j] = residual && m < M ? low_bf16(residual[(long long)m * N + out]) : 0;
+                    rest[j] = residual && m < M ? low_bf16(load_fresh(residual + (long long)m * N + out)) : 0;
                 }
             }
             for (int k = 1; k < min(a_panel, chunks - panel * a_panel); k++) {

@@ -1,5 +1,6 @@
-"""The CUDA C++ linear against its reference, on a GPU that has what it needs; its plans and its guards anywhere."""
+"""The CUDA C++ kernels against their references, on a GPU that has what they need; plans and guards anywhere."""
 
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 
 import kernels
 import kernels_cuda as k
+import model
 
 GPU = torch.cuda.is_available() and k.available(torch.device("cuda", 0))
 SHAPES = [(333, 512), (66, 1024), (1000, 4096), (4096, 2048), (5, 512), (48, 14336), (50, 22016)]
@@ -45,8 +47,7 @@ if GPU:
     @pytest.mark.gpu
     @pytest.mark.parametrize("M", (1, 2, 3, 5, 8))
     @pytest.mark.parametrize("kind, group", KINDS)
-    def test_linear(kind, group, M, monkeypatch):
-        monkeypatch.setattr(k, "ROWS_FOR", (range(1, 9),) * 4)  # also where Triton is faster
+    def test_linear(kind, group, M):
         torch.manual_seed(0)
         ran = 0
         for N, K in SHAPES:
@@ -84,12 +85,52 @@ if GPU:
         for M in (1, 2, 8, 9):
             kernels.linear(torch.ones(M, 512, device="cuda").bfloat16(), torch.ones(64, 512, device="cuda").bfloat16())
         kernels.linear(torch.ones(2, 512, device="cuda"), torch.ones(64, 512, device="cuda"))  # float32
-        assert calls == [2, 8]
+        assert calls == [1, 2, 8]
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("D", k.HEAD_DIMS)
+    @pytest.mark.parametrize("K, G", [(8, 4), (32, 1), (2, 8), (1, 3), (4, 7)])
+    def test_attend(K, G, D):
+        """Lengths around a warp's 16 slots and a block's 256, several rows and new tokens, and every setting."""
+        torch.manual_seed(K * G + D)
+        settings = itertools.cycle([(0, 0.0, False), (50, 0.0, True), (300, 0.0, False), (0, 30.0, True)])
+        S, ran = 3072, 0
+        for (B, T), p in itertools.product([(1, 1), (3, 1), (1, 2), (1, 5), (2, 4), (1, 8)],
+                                           [0, 1, 15, 16, 17, 100, 255, 256, 257, 300, 1000, 3000]):  # fmt: skip
+            window, cap, qk_norm = next(settings)
+            args = model.ModelArgs(
+                dim=K * G * D, n_layers=1, n_heads=K * G, n_kv_heads=K, head_dim=D, hidden_dim=64, vocab_size=64,
+                max_seq_len=S, qk_norm=qk_norm, attn_softcap=cap or None, sliding_window=window or None,
+            )  # fmt: skip
+            plain = model.Attention(args, 0).cuda()
+            norms = (None, None)
+            if qk_norm:
+                norms = [torch.rand(D, device="cuda").bfloat16() + 0.5 for _ in range(2)]
+                plain.q_norm.weight.data, plain.k_norm.weight.data = (n.float() for n in norms)
+            plain.cache = model.KVCache((B, K, S, D), torch.float32, torch.device("cuda"))
+            caches = [torch.randn_like(plain.cache.k).bfloat16() for _ in range(2)]
+            plain.cache.k.copy_(caches[0]), plain.cache.v.copy_(caches[1])
+            start = torch.tensor([max(0, p - 7 * b) for b in range(B)], device="cuda")
+            pos = start[:, None] + torch.arange(T, device="cuda")
+            qkv = (torch.randn(B, T, (G + 2) * K * D, device="cuda") * 2).bfloat16()
+            if T == 4:  # the last token may repeat the one before it
+                pos[:, 3], qkv[:, 3] = pos[:, 2], qkv[:, 2].clone()
+            rope, count = model.RoPE(args).cuda()(pos), torch.zeros(k.MAX_COUNTS, dtype=torch.int32, device="cuda")
+            eps = args.norm_eps if qk_norm else 0.0
+            assert k.supports_attend(qkv, *caches, G, norms[0])
+            y = k.attend(qkv, *rope, pos, *caches, count, *norms, G, plain.scale, cap, window, eps, 0.0)
+            with torch.no_grad():
+                want = plain(qkv.float(), rope, pos, torch.arange(S, device="cuda"))
+            assert (y - want).norm() <= 1.5e-2 * want.norm(), (B, T, p, window, cap, qk_norm)
+            assert torch.allclose(caches[0].float(), plain.cache.k, atol=0.05, rtol=0.01)
+            assert torch.equal(caches[1].float(), plain.cache.v) and not count.any()
+            ran += 1
+        assert ran == 72
 else:
 
     @pytest.mark.gpu
-    def test_linear():
-        pytest.skip("needs a Hopper GPU or a newer one: its plans and guards were tested")
+    def test_linear_and_attend():
+        pytest.skip("needs a Hopper GPU or a newer one: their plans and guards were tested")
 
 
 @pytest.fixture
@@ -108,7 +149,7 @@ def test_plans_fit(kind, h200):
                         (128256, 4096, False), (2048, 256, False)):  # fmt: skip
         for M in range(1, 9):
             p = k._plan(kind, 32, M, N, K, pairs, None)
-            assert p.room >= M and 3 <= p.stages <= k.MAX_STAGES and p.shared <= 232448, (N, K, M, p)
+            assert p.room >= M and 3 <= p.stages <= k.MAX_STAGES[kind] and p.shared <= 232448, (N, K, M, p)
             assert p.panels <= 8, (N, K, M, p)
     assert [k._plan(kind, 32, M, 4096, 4096, False, None).panels for M in (1, 2, 4)] == [1, 1, 1]
 
@@ -119,7 +160,7 @@ def test_guards(h200, monkeypatch):
     assert k.supports(x[:, None], weight, None)  # [2, 1, 256]
     assert k.supports(torch.ones(2, 3, 256).bfloat16()[:, -1:], weight, None)  # copied
     for changed in (
-        (x.float(), weight, None), (x[:1], weight, None), (torch.ones(9, 256).bfloat16(), weight, None),
+        (x.float(), weight, None), (torch.ones(9, 256).bfloat16(), weight, None),
         (x[:, :96].contiguous(), weight[:, :96].contiguous(), None), (x, weight.half(), None), (x[:0], weight, None),
         (x, weight, None, torch.ones(64)), (x, weight.repeat(1, 2)[:, ::2], None), (x, weight, torch.ones(64)),
         (torch.ones(2 * 256 + 3).bfloat16()[3:].view(2, 256), weight, None),  # not at an address of whole words
@@ -136,9 +177,23 @@ def test_guards(h200, monkeypatch):
     assert not k.supports(x, weight, None), "no room for two stages"
 
 
+def test_attend_guards(h200):
+    qkv, k_cache, v_cache = (torch.zeros(*s, dtype=torch.bfloat16) for s in ((1, 2, 384), (1, 1, 9, 64), (1, 1, 9, 64)))
+    assert k.supports_attend(qkv, k_cache, v_cache, 4)
+    assert k.supports_attend(qkv, k_cache, v_cache, 4, torch.ones(64).bfloat16())
+    for changed in (
+        (qkv.float(), k_cache, v_cache, 4), (qkv, k_cache.half(), v_cache, 4), (qkv[:, :0], k_cache, v_cache, 4),
+        (qkv, k_cache[..., :32], v_cache[..., :32], 4), (qkv.repeat(1, 5, 1), k_cache, v_cache, 4),
+        (qkv.expand(5000, 2, -1), k_cache, v_cache, 4), (qkv, k_cache, v_cache.repeat(1, 1, 1, 2)[..., ::2], 4),
+        (qkv, k_cache, v_cache, 4, torch.ones(64)), (qkv, k_cache.to(torch.float8_e4m3fn), v_cache, 4),
+    ):  # fmt: skip
+        assert not k.supports_attend(*changed)
+
+
 def test_not_on_a_cpu():
     assert not k.available(torch.device("cpu"))
     assert not k.supports(torch.ones(2, 256).bfloat16(), torch.ones(64, 256).bfloat16())
+    assert not k.supports_attend(*(torch.zeros(1, 1, 9, 64).bfloat16(),) * 3, 4)
 
 
 def test_kernels_alone(monkeypatch):
@@ -166,4 +221,4 @@ def test_errors_say_what_failed(monkeypatch):
         )  # fmt: skip
 
     with pytest.raises(RuntimeError, match="does not compile: line 1: no"):
-        k._compile(failing(b"line 1: no"), [])
+        k._compile(failing(b"line 1: no"), "linear_cuda.cu", [])
