@@ -25,8 +25,7 @@ KINDS = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.int8: 2, torch.uint8: 
 MAX_ROWS = 8
 COLUMNS = (64, 128, 128, 256)  # by kind: what columns must be a multiple of, 128 bytes
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
-# As in linear_cuda.cu; CHUNK is what a block copies of a row at a time, in bytes.
-TILE_ROWS, CHUNK = 16, 2048
+TILE_ROWS = 16  # as in linear_cuda.cu
 MAX_COLUMNS = 32768
 MAX_STAGES = (4, 3, 4, 3)  # by kind; more take memory from the L1 cache, and are slower
 
@@ -77,20 +76,20 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     plan = _plan(kind, group, M, N, K, bool(activation), x.device)
-    maps = [_tensor_map(weight.data_ptr(), N * (2 if activation else 1), K * 128 // COLUMNS[kind], 128, CHUNK // 128)]
+    maps = [_tensor_map(weight.data_ptr(), N * (2 if activation else 1), K * 128 // COLUMNS[kind], 128, plan.chunk // 128)]
     if kind == 3:  # a word for the scale and zero of each group
-        maps.append(_tensor_map(scale.data_ptr(), *scale.shape[:1], scale.shape[1] * 4, 32, CHUNK // 4 // group))
+        maps.append(_tensor_map(scale.data_ptr(), *scale.shape[:1], scale.shape[1] * 4, 32, plan.chunk // 4 // group))
     pointers = [None if kind == 3 else scale, x, bias, norm, residual, y]
     values = [maps[0], maps[-1], *pointers, M, N, K, eps, offset, ACTIVATIONS[activation], plan.stages, plan.panels]
     values.append(_tickets(x.device)[next(_turns) % TURNS] if plan.dynamic else None)
-    options = (f"KIND={kind}", f"GROUP={group}", f"ROOM={plan.room}", f"CHUNK={CHUNK}")
+    options = (f"KIND={kind}", f"GROUP={group}", f"ROOM={plan.room}", f"CHUNK={plan.chunk}")
     function = _function("linear", options, x.device)
     _launch(function, (_multiprocessors(x.device), 1), plan.warps * 32 + 64, plan.shared, values, x.device)
     return y
 
 
 HEAD_DIMS, MAX_TOKENS, MAX_COUNTS = (64, 128), 8, 4096
-ATTEND_WARPS, ATTEND_ROWS, SPAN = 8, 8, 256  # of a block, as in attend_cuda.cu; slots that are worth one of their own
+ATTEND_THREADS, ATTEND_ROWS, SPAN = 256, 8, 256  # of a block, as in attend_cuda.cu; slots that are worth a block
 
 
 def supports_attend(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, norm: Tensor | None = None) -> bool:
@@ -123,7 +122,7 @@ def attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, s
     values = [qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, T, K, group, S]
     values += [scale, softcap, window, eps, offset]
     function = _function("attend", (f"D={D}",), qkv.device)
-    _launch(function, (blocks, splits), ATTEND_WARPS * 32, 0, values, qkv.device)
+    _launch(function, (blocks, splits), ATTEND_THREADS, D // 8 * 16 * ATTEND_THREADS, values, qkv.device)
     return y
 
 
@@ -139,6 +138,7 @@ def _tickets(device: torch.device) -> Tensor:
 class Plan(NamedTuple):
     """How a block uses its shared memory."""
 
+    chunk: int  # bytes that are copied of a row at a time
     room: int  # rows of x that the variant has room for
     warps: int  # that multiply
     stages: int  # of weights
@@ -151,9 +151,10 @@ class Plan(NamedTuple):
 def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: torch.device) -> Plan:
     """One block to a multiprocessor, as few panels as leave room for most stages; laid out as linear_cuda.cu does."""
     room, most = next(r for r in (1, 2, 4, 8) if M <= r), _shared_memory(device)
-    warps = 8 if room == 1 else 16
-    stage = TILE_ROWS * CHUNK + (TILE_ROWS * CHUNK * 8 // group if kind == 3 else 0) + 24
-    in_chunk = CHUNK * COLUMNS[kind] // 128  # columns
+    chunk = 1024 if K * 128 // COLUMNS[kind] <= 1024 else 2048
+    warps = 8 if room == 1 or chunk == 1024 else 16
+    stage = TILE_ROWS * chunk + (TILE_ROWS * chunk * 8 // group if kind == 3 else 0) + 24
+    in_chunk = chunk * COLUMNS[kind] // 128  # columns
     chunks = -(-K // in_chunk)
     rounds = N // (TILE_ROWS // (2 if pairs else 1) * _multiprocessors(device))
     plans = []
@@ -165,9 +166,9 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
         parts = 2 * warps * TILE_ROWS * room * 4
         totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
         base = x + units + parts + totals + 32
-        stages = min(MAX_STAGES[kind], (most - base) // stage)
+        stages = min(MAX_STAGES[kind] * 2048 // chunk, (most - base) // stage)
         if columns * (panels - 1) < K:  # the last panel is not empty
-            plans.append(Plan(room, warps, stages, panels, panels == 1 and rounds >= 4, base + stages * stage))
+            plans.append(Plan(chunk, room, warps, stages, panels, panels == 1 and rounds >= 4, base + stages * stage))
     return max(plans, key=lambda plan: (plan.stages, -plan.panels))
 
 
@@ -237,8 +238,9 @@ def _function(name: str, options: tuple[str, ...], device: torch.device) -> ctyp
     with torch.cuda.device(device):
         _check(cuda.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
         _check(cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
-        if name == "linear":  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(cuda.cuFuncSetAttribute(function, 8, _shared_memory(device)), "cuFuncSetAttribute")
+        fixed = ctypes.c_int()  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, and _MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(cuda.cuFuncGetAttribute(ctypes.byref(fixed), 1, function), "cuFuncGetAttribute")
+        _check(cuda.cuFuncSetAttribute(function, 8, _shared_memory(device) - fixed.value), "cuFuncSetAttribute")
     return function
 
 

@@ -20,7 +20,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 struct alignas(64) TensorMap { u8 opaque[128]; };
 
-constexpr int WARPS = ROOM == 1 ? 8 : 16, THREADS = WARPS * 32;  // that multiply; one more sends for weights, one finishes sums
+constexpr int WARPS = ROOM == 1 || CHUNK < 2048 ? 8 : 16, THREADS = WARPS * 32;  // that multiply; one more sends for weights, one finishes sums
 constexpr int ROWS = 16, HALF = 8 * CHUNK;         // rows of W in a stage, and bytes of eight of them
 constexpr int BLOCKS = CHUNK / 128 / WARPS;         // of 128 bytes of a chunk, that are a warp's
 constexpr bool FLOAT = KIND < 2;
@@ -214,53 +214,71 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
         }
 }
 
-// Eight neighbouring elements of a row of x (normalized, if there is a norm) into shared memory, as KIND wants them.
-// All lanes of a warp call it, with neighbouring i; those beyond the panel have `valid` false.
-__device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans, int m, int i, bool valid, uint4 v,
-                                    uint4 n, bool norm, float offset, float inv) {
-    u32 raw[4] = {v.x, v.y, v.z, v.w}, weight[4] = {n.x, n.y, n.z, n.w};
-    float a[8];
-    for (int j = 0; j < 4; j++) {
+constexpr int PIECES = ROOM == 1 ? 2 : 1;          // of eight neighbouring elements of x, that a thread turns at a time
+
+// Neighbouring elements of a row of x (normalized, if there is a norm) into shared memory, as KIND wants them. All lanes
+// of a warp call it, with neighbouring i; those beyond the panel have `valid` false.
+__device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans, int m, int i, bool valid,
+                                    const uint4 (&v)[PIECES], const uint4 (&n)[PIECES], bool norm, float offset, float inv) {
+    u32 raw[4 * PIECES];
+    float a[8 * PIECES];
+    #pragma unroll
+    for (int j = 0; j < 4 * PIECES; j++) {
+        raw[j] = ((const u32*)v)[j];
         a[2 * j] = low_bf16(raw[j]), a[2 * j + 1] = high_bf16(raw[j]);
         if (norm) {
-            a[2 * j] *= (low_bf16(weight[j]) + offset) * inv;
-            a[2 * j + 1] *= (high_bf16(weight[j]) + offset) * inv;
+            const u32 weight = ((const u32*)n)[j];
+            a[2 * j] *= (low_bf16(weight) + offset) * inv, a[2 * j + 1] *= (high_bf16(weight) + offset) * inv;
+            if (KIND == 0) raw[j] = two_bf16(a[2 * j], a[2 * j + 1]);
         }
     }
-    if constexpr (KIND == 0) {
-        if (norm) for (int j = 0; j < 4; j++) raw[j] = two_bf16(a[2 * j], a[2 * j + 1]);
-        if (valid) *(uint4*)(xs + m * x_pitch + i * 16) = make_uint4(raw[0], raw[1], raw[2], raw[3]);
-    } else if constexpr (KIND == 1) {
-        for (int j = 0; j < 8; j++) a[j] *= 1152921504606846976.0f;  // 2^60, and again at the end: away from subnormals
-        uint4 p = make_uint4(two_bf16(a[1], a[3]), two_bf16(a[0], a[2]), two_bf16(a[5], a[7]), two_bf16(a[4], a[6]));
-        if (valid) *(uint4*)(xs + m * x_pitch + i * 16) = p;
+    if constexpr (FLOAT) {
+        #pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            const float* b = a + 8 * p;
+            uint4 r = make_uint4(raw[4 * p], raw[4 * p + 1], raw[4 * p + 2], raw[4 * p + 3]);
+            if (KIND == 1) {
+                constexpr float up = 1152921504606846976.0f;  // 2^60, and again at the end: away from subnormals
+                r = make_uint4(two_bf16(b[1] * up, b[3] * up), two_bf16(b[0] * up, b[2] * up),
+                               two_bf16(b[5] * up, b[7] * up), two_bf16(b[4] * up, b[6] * up));
+            }
+            if (valid) *(uint4*)(xs + m * x_pitch + (i * PIECES + p) * 16) = r;
+        }
     } else {
+        constexpr int LANES = SPAN / 8 / PIECES;  // that share an exponent
         float top = 0;
-        for (int j = 0; j < 8; j++) top = max_nan(top, fabsf(a[j]));
-        for (int d = 1; d < SPAN / 8; d *= 2) top = max_nan(top, __shfl_xor_sync(~0u, top, d));
+        #pragma unroll
+        for (int j = 0; j < 8 * PIECES; j++) top = max_nan(top, fabsf(a[j]));
+        for (int d = 1; d < LANES; d *= 2) top = max_nan(top, __shfl_xor_sync(~0u, top, d));
         // 2^e is the largest power of two among them, and the unit 2^(e - 13)
         u32 e = max(__float_as_uint(top) & 0x7F800000, 0x20000000);
         float up = __uint_as_float((127 + 13) * 0x00800000u - (e - 127 * 0x00800000u));
         float unit = top < __uint_as_float(0x7F800000) ? __uint_as_float(e - 13 * 0x00800000u) : __uint_as_float(0x7FC00000);
         // Adding 1.5 * 2^23 leaves an integer in the mantissa. With 0x8080 more, both of its bytes are 128 too large: the
         // low one is then 0 to 255, and flipping their highest bits makes both signed.
-        u32 q[8], total = 0, digit[2][2];
-        for (int j = 0; j < 8; j++) {
-            q[j] = __float_as_uint(fmaf(a[j], up, 12582912.0f + 0x8080));
-            total += q[j];
+        u32 total = 0;
+        #pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            u32 q[8], digit[2][2];
+            #pragma unroll
+            for (int j = 0; j < 8; j++) {
+                q[j] = __float_as_uint(fmaf(a[8 * p + j], up, 12582912.0f + 0x8080));
+                total += q[j];
+            }
+            #pragma unroll
+            for (int word = 0; word < 2; word++) {
+                const int at = KIND == 3 ? word : 4 * word, by = KIND == 3 ? 2 : 1;  // int4: even columns, then odd ones
+                const u32 b = __byte_perm(q[at], q[at + by], 0x5410), c = __byte_perm(q[at + 2 * by], q[at + 3 * by], 0x5410);
+                digit[0][word] = __byte_perm(b, c, 0x6420) ^ 0x80808080, digit[1][word] = __byte_perm(b, c, 0x7531) ^ 0x80808080;
+            }
+            for (int d = 0; d < 2; d++)
+                if (valid) *(uint2*)(xs + (2 * m + d) * x_pitch + (i * PIECES + p) * 8) = make_uint2(digit[d][0], digit[d][1]);
         }
-        total -= 8 * (0x4B400000u + 0x8080);
-        for (int word = 0; word < 2; word++) {
-            const int at = KIND == 3 ? word : 4 * word, by = KIND == 3 ? 2 : 1;  // int4: even columns, then odd ones
-            const u32 p = __byte_perm(q[at], q[at + by], 0x5410), r = __byte_perm(q[at + 2 * by], q[at + 3 * by], 0x5410);
-            digit[0][word] = __byte_perm(p, r, 0x6420) ^ 0x80808080, digit[1][word] = __byte_perm(p, r, 0x7531) ^ 0x80808080;
-        }
-        for (int d = 0; d < 2; d++)
-            if (valid) *(uint2*)(xs + (2 * m + d) * x_pitch + i * 8) = make_uint2(digit[d][0], digit[d][1]);
+        total -= 8 * PIECES * (0x4B400000u + 0x8080);
         if (KIND == 3)
-            for (int d = 1; d < 4; d *= 2) total += __shfl_xor_sync(~0u, total, d);
-        if (valid && i % (SPAN / 8) == 0) {
-            int at = m * spans + i / (SPAN / 8);
+            for (int d = 1; d < LANES; d *= 2) total += __shfl_xor_sync(~0u, total, d);
+        if (valid && i % LANES == 0) {
+            int at = m * spans + i / LANES;
             if (KIND == 3) ((float2*)units)[at] = make_float2(unit, (int)total * unit);
             else units[at] = unit;
         }
@@ -305,42 +323,49 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
         return;
     }
 
-    const int items = K / 8;  // of a row of x: eight elements
-    constexpr int KEEP = ROOM == 1 ? 8 : 1;  // of them that a thread holds, of each row
+    const int items = K / 8 / PIECES, places = columns / 8 / PIECES;  // of a row of x, what a thread takes; of a panel
+    constexpr int KEEP = ROOM == 1 ? 4 : 1;                          // of them that a thread holds, of each row
     const bool keep = panels == 1 && items <= KEEP * THREADS;
-    uint4 n[KEEP], v[KEEP][ROOM];
+    uint4 n[KEEP][PIECES], v[KEEP][ROOM][PIECES];
     float inv[ROOM] = {};
-    if (keep) {  // what does not depend on the kernel before this one is loaded before
+    const auto load_norm = [&](uint4 (&a)[PIECES], int i) {
         #pragma unroll
-        for (int j = 0; j < KEEP; j++) {
-            n[j] = make_uint4(0, 0, 0, 0);
-            if (norm && threadIdx.x + j * THREADS < items) n[j] = ((const uint4*)norm)[threadIdx.x + j * THREADS];
+        for (int p = 0; p < PIECES; p++) {
+            a[p] = make_uint4(0, 0, 0, 0);
+            if (norm && i < items) a[p] = ((const uint4*)norm)[i * PIECES + p];
         }
-    }
+    };
+    const auto load = [&](uint4 (&a)[ROOM][PIECES], int i) {  // zeros beyond the end, which there are no weights for
+        #pragma unroll
+        for (int m = 0; m < ROOM; m++)
+            #pragma unroll
+            for (int p = 0; p < PIECES; p++) {
+                a[m][p] = make_uint4(0, 0, 0, 0);
+                if (m < M && i < items) a[m][p] = load_fresh((const uint4*)x + (m * items + i) * PIECES + p);
+            }
+    };
+    const auto add_squares = [&](const uint4 (&a)[ROOM][PIECES]) {
+        #pragma unroll
+        for (int m = 0; m < ROOM; m++)
+            #pragma unroll
+            for (int k = 0; k < 4 * PIECES; k++) {
+                const u32 raw = ((const u32*)a[m])[k];
+                inv[m] += low_bf16(raw) * low_bf16(raw) + high_bf16(raw) * high_bf16(raw);
+            }
+    };
+    if (keep)  // what does not depend on the kernel before this one is loaded before
+        #pragma unroll
+        for (int j = 0; j < KEEP; j++) load_norm(n[j], threadIdx.x + j * THREADS);
     // From here on the kernel before this one is complete; the next one may start, and send for its weights.
     asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
-    const auto load = [&](uint4 (&a)[ROOM], int i, bool exists) {
-        #pragma unroll
-        for (int m = 0; m < ROOM; m++) {
-            a[m] = make_uint4(0, 0, 0, 0);
-            if (m < M && exists) a[m] = load_fresh((const uint4*)x + m * items + i);
-        }
-    };
-    const auto add_squares = [&](const uint4 (&a)[ROOM]) {
-        #pragma unroll
-        for (int m = 0; m < ROOM; m++) {
-            const u32 raw[4] = {a[m].x, a[m].y, a[m].z, a[m].w};
-            for (int k = 0; k < 4; k++) inv[m] += low_bf16(raw[k]) * low_bf16(raw[k]) + high_bf16(raw[k]) * high_bf16(raw[k]);
-        }
-    };
     if (keep) {
         #pragma unroll
-        for (int j = 0; j < KEEP; j++) load(v[j], threadIdx.x + j * THREADS, threadIdx.x + j * THREADS < items);
+        for (int j = 0; j < KEEP; j++) load(v[j], threadIdx.x + j * THREADS);
         if (norm)
             #pragma unroll
             for (int j = 0; j < KEEP; j++) add_squares(v[j]);
     } else if (norm)
-        for (int i = threadIdx.x; i < items; i += THREADS) load(v[0], i, true), add_squares(v[0]);
+        for (int i = threadIdx.x; i < items; i += THREADS) load(v[0], i), add_squares(v[0]);
     if (norm) {
         #pragma unroll
         for (int m = 0; m < ROOM; m++) {
@@ -356,34 +381,26 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
         }
     }
 
-    if (keep) {
+    const auto put_rows = [&](int i, const uint4 (&a)[ROOM][PIECES], const uint4 (&weight)[PIECES]) {
+        #pragma unroll
+        for (int m = 0; m < ROOM; m++)
+            if (m < M) put(xs, units, x_pitch, spans, m, i, i < places, a[m], weight, norm, offset, inv[m]);
+    };
+    if (keep)
         #pragma unroll
         for (int j = 0; j < KEEP; j++)
-            if (j * THREADS < columns / 8) {
-                const int i = threadIdx.x + j * THREADS;
-                #pragma unroll
-                for (int m = 0; m < ROOM; m++)
-                    if (m < M) put(xs, units, x_pitch, spans, m, i, i < columns / 8, v[j][m], n[j], norm, offset, inv[m]);
-            }
-    }
+            if (j * THREADS < places) put_rows(threadIdx.x + j * THREADS, v[j], n[j]);
 
     const bool mine[2] = {g % PLANES < (FLOAT ? M : 2 * M), TILES == 2 && g + 8 < 2 * M};  // columns that exist
     int turn = 0;
     for (int panel = 0; panel < panels; panel++) {
         consumers_meet();  // done with the panel before, and with the sums of squares
         const int count = min(a_panel, chunks - panel * a_panel);
-        if (!keep) {
-            const int first_item = panel * columns / 8;  // zeros beyond the last, which there are no weights for
-            for (int i0 = 0; i0 < columns / 8; i0 += THREADS) {
-                const int i = i0 + threadIdx.x, at = first_item + i;
-                const bool exists = i < columns / 8 && at < items;
-                const uint4 weight = norm && exists ? ((const uint4*)norm)[at] : make_uint4(0, 0, 0, 0);
-                load(v[0], at, exists);
-                #pragma unroll
-                for (int m = 0; m < ROOM; m++)
-                    if (m < M) put(xs, units, x_pitch, spans, m, i, i < columns / 8, v[0][m], weight, norm, offset, inv[m]);
+        if (!keep)
+            for (int i0 = 0; i0 < places; i0 += THREADS) {
+                load_norm(n[0], panel * places + i0 + threadIdx.x), load(v[0], panel * places + i0 + threadIdx.x);
+                put_rows(i0 + threadIdx.x, v[0], n[0]);
             }
-        }
         consumers_meet();
 
         const int first_chunk = blockIdx.x % count;
