@@ -2,7 +2,7 @@
 // launches it.
 //
 // What matters at short contexts is the chain from the first load to the last store, since nothing else can run
-// meanwhile: old keys and values are in shared memory before the kernel before this one has ended (programmatic dependent
+// meanwhile: old keys and values are in registers before the kernel before this one has ended (programmatic dependent
 // launch), and a context of 256 slots is one block's, so that no blocks have to meet. Longer ones are split over blocks.
 //
 // A block takes up to 8 query rows: the G query heads of a new token, and those of the tokens after it; more rows are
@@ -36,10 +36,6 @@ __device__ __forceinline__ u32 two_bf16(float low, float high) {
 __device__ __forceinline__ u16 load_fresh(const u16* p) { u16 v; asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p)); return v; }
 __device__ __forceinline__ float load_fresh(const float* p) { float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p)); return v; }
 
-__device__ __forceinline__ void copy(uint4* to, const u8* from) {  // without a register
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -50,24 +46,30 @@ __device__ __forceinline__ u32 transposed(u32 v) {  // of an 8 x 8 matrix of bf1
     return r;
 }
 
+struct Slots {  // sixteen of them: where keys and values are, bytes from one to the next, and the last that exists
+    const u8 *k, *v;
+    int pitch, last;
+};
+
 struct Keys { uint4 of[2][ITEMS]; };      // of slots g and 8 + g: columns 8 (4 i + t) ...
 struct Values { uint4 of[4][PLANES]; };   // of slots 2t, 2t + 1, 2t + 8, 2t + 9: columns 64 i + 8 g ...
 
-// Which 16 bytes of 16 slots a thread needs: get(piece, slot, place). `exist` slots do; the rest repeat the last.
-template <typename Get>
-__device__ __forceinline__ void key_pieces(int exist, Get get) {
+__device__ __forceinline__ void load(Keys& keys, const Slots& at) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     #pragma unroll
-    for (int i = 0; i < 2 * ITEMS; i++) get(i, min(8 * (i / ITEMS) + g, exist - 1), 4 * (i % ITEMS) + t);
+    for (int j = 0; j < 2; j++)
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            keys.of[j][i] = *(const uint4*)(at.k + (i64)min(8 * j + g, at.last) * at.pitch + 16 * (4 * i + t));
 }
-template <typename Get>
-__device__ __forceinline__ void value_pieces(int exist, Get get) {
+
+__device__ __forceinline__ void load(Values& values, const Slots& at) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     #pragma unroll
-    for (int i = 0; i < 4 * PLANES; i++) {
-        const int j = i / PLANES;
-        get(i, min(8 * (j / 2) + 2 * t + j % 2, exist - 1), 8 * (i % PLANES) + g);
-    }
+    for (int j = 0; j < 4; j++)
+        #pragma unroll
+        for (int i = 0; i < PLANES; i++)
+            values.of[j][i] = *(const uint4*)(at.v + (i64)min(8 * (j / 2) + 2 * t + j % 2, at.last) * at.pitch + 128 * i + 16 * g);
 }
 
 __device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
@@ -77,10 +79,9 @@ struct Rows {  // online softmax over slots, of query rows 2t and 2t + 1
 };
 
 // Takes 16 more slots into account, where seen(which row, slot).
-template <typename GetKeys, typename GetValues, typename Seen>
-__device__ __forceinline__ void attend(Rows& rows, const u8* q, GetKeys get_keys, GetValues get_values, float scale,
+template <typename Seen>
+__device__ __forceinline__ void attend(Rows& rows, const u8* q, const Keys& keys, const Values& values, float scale,
                                        float softcap, Seen seen) {
-    const Keys keys = get_keys();
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float s[4] = {};  // slot g: rows 2t, 2t + 1; slot 8 + g
     #pragma unroll
@@ -107,7 +108,6 @@ __device__ __forceinline__ void attend(Rows& rows, const u8* q, GetKeys get_keys
         #pragma unroll
         for (int i = 0; i < 4 * PLANES; i++) rows.acc[i][h] *= fade, rows.acc[i][2 + h] *= fade;
     }
-    const Values values = get_values();
     const u32 b0 = transposed(two_bf16(p[0], p[1])), b1 = transposed(two_bf16(p[2], p[3]));
     #pragma unroll
     for (int i = 0; i < PLANES; i++)
@@ -126,9 +126,7 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
        u16* v_cache, float* part, u32* count, u16* __restrict__ y, int T, int KV, int G, int S, float scale,
        float softcap, int window, float eps, float offset) {
     __shared__ __align__(16) u8 q[8 * PITCH], k_new[8 * PITCH], v_new[8 * PITCH];
-    extern __shared__ __align__(16) uint4 staged[];  // [D / 8][THREADS]: where each thread's keys and values arrive
-    float (*accs)[8][ACC_PITCH] = (float (*)[8][ACC_PITCH])staged;  // and later, what each warp has summed
-    __shared__ float tops[WARPS][8], totals[WARPS][8];
+    __shared__ __align__(16) float accs[WARPS][8][ACC_PITCH], tops[WARPS][8], totals[WARPS][8];
     __shared__ u32 arrived;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int parts = (G * T + 7) / 8, r0 = blockIdx.x % parts * 8, R = min(8, G * T - r0);  // rows r0 ... r0 + R - 1
@@ -143,20 +141,13 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     const int start = first + split * share, end = min(start + share, p), old = (end - start + 15) / 16, tiles = old + last;
     const i64 cell = ((i64)b * KV + head) * S * D;
     const u8 *k_old = (const u8*)(k_cache + cell), *v_old = (const u8*)(v_cache + cell);
-    // Each thread reads what it has sent for itself, so that none has to wait for others.
-    const auto at = [&](int i) { return (i64)(start + 16 * i) * 2 * D; };
-    uint4 *own_keys = staged + threadIdx.x, *own_values = own_keys + 2 * ITEMS * THREADS;
-    const auto fetch_keys = [&](int i) {
-        key_pieces(end - start - 16 * i, [&](int piece, int slot, int place) {
-            copy(own_keys + piece * THREADS, k_old + at(i) + slot * 2 * D + 16 * place);
-        });
+    const auto slots_at = [&](int tile) {
+        const int slot = start + 16 * tile;
+        return Slots{k_old + (i64)slot * 2 * D, v_old + (i64)slot * 2 * D, 2 * D, end - 1 - slot};
     };
-    const auto fetch_values = [&](int i) {
-        value_pieces(end - start - 16 * i, [&](int piece, int slot, int place) {
-            copy(own_values + piece * THREADS, v_old + at(i) + slot * 2 * D + 16 * place);
-        });
-    };
-    if (warp < old) fetch_keys(warp), fetch_values(warp);
+    Keys keys;
+    Values values;
+    if (warp < old) load(keys, slots_at(warp)), load(values, slots_at(warp));
     int row_pos[2];  // of query rows 2t and 2t + 1; rows beyond R are computed from what lies there, and not stored
     #pragma unroll
     for (int h = 0; h < 2; h++) row_pos[h] = pos[b * T + (r0 + min(2 * t + h, R - 1)) / G];
@@ -209,35 +200,18 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     for (int i = 0; i < 4 * PLANES; i++) rows.acc[i][0] = rows.acc[i][1] = rows.acc[i][2] = rows.acc[i][3] = 0;
     #pragma unroll 1
     for (int i = warp; i < tiles; i += WARPS) {
+        const Slots fresh{k_new, v_new, PITCH, T - 1};
         const int exist = i < old ? end - start - 16 * i : T;
-        const auto get_keys = [&] {
-            Keys keys;
-            asm volatile("cp.async.wait_all;" ::: "memory");
-            key_pieces(exist, [&](int piece, int slot, int place) {
-                const uint4* from = i < old ? own_keys + piece * THREADS : (const uint4*)(k_new + slot * PITCH + 16 * place);
-                keys.of[piece / ITEMS][piece % ITEMS] = *from;
-            });
-            if (i + WARPS < old) fetch_keys(i + WARPS);
-            return keys;
-        };
-        const auto get_values = [&] {
-            Values values;
-            value_pieces(exist, [&](int piece, int slot, int place) {
-                const uint4* from = i < old ? own_values + piece * THREADS : (const uint4*)(v_new + slot * PITCH + 16 * place);
-                values.of[piece / PLANES][piece % PLANES] = *from;
-            });
-            if (i + WARPS < old) fetch_values(i + WARPS);
-            return values;
-        };
-        attend(rows, q, get_keys, get_values, scale, softcap, [&](int h, int j) {
+        if (i == old) load(keys, fresh), load(values, fresh);
+        attend(rows, q, keys, values, scale, softcap, [&](int h, int j) {
             if (j >= exist) return false;
             if (i < old) return !window || start + 16 * i + j > row_pos[h] - window;
             const int here = pos[b * T + j];  // a token that only repeats the one before it is not seen twice
             return here <= row_pos[h] && (j == 0 || here != pos[b * T + j - 1]) && (!window || here > row_pos[h] - window);
         });
+        if (i + WARPS < old) load(keys, slots_at(i + WARPS)), load(values, slots_at(i + WARPS));
     }
     // Warps took different slots: they meet.
-    __syncthreads();
     #pragma unroll
     for (int h = 0; h < 2; h++) {
         float total = rows.total[h];

@@ -122,7 +122,7 @@ def attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, s
     values = [qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, T, K, group, S]
     values += [scale, softcap, window, eps, offset]
     function = _function("attend", (f"D={D}",), qkv.device)
-    _launch(function, (blocks, splits), ATTEND_THREADS, D // 8 * 16 * ATTEND_THREADS, values, qkv.device)
+    _launch(function, (blocks, splits), ATTEND_THREADS, 0, values, qkv.device)
     return y
 
 
