@@ -250,10 +250,10 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
         }
     }
     if (n == 1) return;
-    // The last block of a kv head to arrive combines them all.
-    __threadfence();
+    // The last block to arrive combines what all have left.
     __syncthreads();
     if (threadIdx.x == 0) {
+        __threadfence();
         arrived = atomicAdd(count + blockIdx.x, 1);
         if (arrived == n - 1) count[blockIdx.x] = 0;
         __threadfence();
@@ -261,16 +261,19 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     __syncthreads();
     if (arrived != n - 1) return;
     const float* all = part + (i64)blockIdx.x * gridDim.y * 8 * (D + 2);
+    float2* ends = (float2*)accs;  // [n][R]: tops and totals
+    for (int i = threadIdx.x; i < n * R; i += THREADS)
+        ends[i] = make_float2(load_fresh(all + i * (D + 2) + D), load_fresh(all + i * (D + 2) + D + 1));
+    __syncthreads();
     for (int i = threadIdx.x; i < R * D; i += THREADS) {
         const int r = i / D, d = i % D;
         float top = MINUS_INFINITY, total = 0, acc = 0;
-        for (int j = 0; j < n; j++) top = fmaxf(top, load_fresh(all + (j * R + r) * (D + 2) + D));
+        for (int j = 0; j < n; j++) top = fmaxf(top, ends[j * R + r].x);
         const float base = top == MINUS_INFINITY ? 0 : top;
         #pragma unroll 8
         for (int j = 0; j < n; j++) {
-            const float* theirs = all + (j * R + r) * (D + 2);
-            const float gain = __expf(load_fresh(theirs + D) - base);
-            total += gain * load_fresh(theirs + D + 1), acc += gain * load_fresh(theirs + d);
+            const float gain = __expf(ends[j * R + r].x - base);
+            total += gain * ends[j * R + r].y, acc += gain * load_fresh(all + (j * R + r) * (D + 2) + d);
         }
         *place(r, d) = to_bf16(acc / total);
     }
