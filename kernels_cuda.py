@@ -78,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     plan = _plan(kind, group, M, N, K, bool(activation), x.device)
     maps = [_tensor_map(weight.data_ptr(), N * (2 if activation else 1), K * 128 // COLUMNS[kind], 128, plan.chunk // 128)]
     if kind == 3:  # a word for the scale and zero of each group
-        maps.append(_tensor_map(scale.data_ptr(), *scale.shape[:1], scale.shape[1] * 4, 32, plan.chunk // 4 // group))
+        maps.append(_tensor_map(scale.data_ptr(), len(scale), scale.shape[1] * 4, 32, plan.chunk // 4 // group))
     pointers = [None if kind == 3 else scale, x, bias, norm, residual, y]
     values = [maps[0], maps[-1], *pointers, M, N, K, eps, offset, ACTIVATIONS[activation], plan.stages, plan.panels]
     values.append(_tickets(x.device)[next(_turns) % TURNS] if plan.dynamic else None)
