@@ -76,7 +76,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     plan = _plan(kind, group, M, N, K, bool(activation), x.device)
-    maps = [_tensor_map(weight.data_ptr(), N * (2 if activation else 1), K * 128 // COLUMNS[kind], 128, plan.chunk // 128)]
+    maps = [_tensor_map(weight.data_ptr(), len(weight), K * 128 // COLUMNS[kind], 128, plan.chunk // 128)]
     if kind == 3:  # a word for the scale and zero of each group
         maps.append(_tensor_map(scale.data_ptr(), len(scale), scale.shape[1] * 4, 32, plan.chunk // 4 // group))
     pointers = [None if kind == 3 else scale, x, bias, norm, residual, y]

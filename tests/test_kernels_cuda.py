@@ -155,7 +155,7 @@ if GPU:
         ):  # fmt: skip
             differ = y.argmax(-1) != other
             gaps = (wanted.amax(-1) - wanted.gather(-1, y.argmax(-1, keepdim=True))[..., 0])[differ]
-            print(f"{name}: {differ.sum()} of {differ.numel()} differ, in logits up to {gaps.max():.3f} from the likeliest")
+            print(f"{name}: {differ.sum()} of {differ.numel()} differ, by at most {gaps.max():.3f} in logits")
             assert differ.float().mean() <= 0.02 and gaps.max() < 0.2
 else:
 
