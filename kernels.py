@@ -115,7 +115,8 @@ def gated_reference(gate_up: Tensor, activation: str) -> Tensor:
     return activate(activation, gate) * up
 
 
-def rotated_queries_reference(qkv, cos, sin, pos, k_cache, v_cache, q_norm, k_norm, group, eps, offset) -> Tensor:
+def rotated_queries_reference(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, q_norm, k_norm, group, eps,
+                              offset) -> Tensor:  # fmt: skip
     """What `rotated_queries` computes, as model.Attention does. Mutates the caches."""
     heads = qkv.unflatten(-1, (-1, k_cache.shape[3]))
     K = heads.shape[2] // (group + 2)
@@ -125,7 +126,11 @@ def rotated_queries_reference(qkv, cos, sin, pos, k_cache, v_cache, q_norm, k_no
     halves = [x.float().chunk(2, dim=-1) for x in (q, k)]
     q, k = (torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qkv.dtype) for a, b in halves)
     rows = torch.arange(len(pos), device=pos.device)[:, None]
-    k_cache[rows, :, pos], v_cache[rows, :, pos] = k, v
+    for x, cache, scales in (k, k_cache, k_scale), (v, v_cache, v_scale):
+        if scales is not None:  # as model.to_fp8
+            scale = (x.abs().amax(-1).float().clamp_min(2.0**-100) / 256).to(torch.bfloat16)
+            x, scales[rows, :, pos] = x.float() / scale.float()[..., None], scale
+        cache[rows, :, pos] = x.to(cache.dtype)
     return q
 
 
@@ -359,20 +364,26 @@ def _gated(gate_up: Tensor, activation: str) -> Tensor:
     return y
 
 
-def _rotated_queries(qkv, cos, sin, pos, k_cache, v_cache, q_norm, k_norm, group, eps, offset) -> Tensor:
+def _rotated_queries(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, q_norm, k_norm, group, eps,
+                     offset) -> Tensor:  # fmt: skip
     """The operator hotloop::rotated_queries: qkv [B, T, (H + 2K) D] -> queries [B, T, H, D]; writes the caches.
 
     Queries and keys are normalized where there are weights [D], and rotated; keys and values go to slots pos [B, T] of
-    caches [B or more, K, S, D]. Attention reads them there: views of a cache need no copy.
+    caches [B or more, K, S, D], e4m3 where there are scales [B or more, K, S]. Attention reads them there: views of a
+    cache need no copy.
     """
     if not use_triton(qkv):
-        return rotated_queries_reference(qkv, cos, sin, pos, k_cache, v_cache, q_norm, k_norm, group, eps, offset)
+        return rotated_queries_reference(
+            qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, q_norm, k_norm, group, eps, offset
+        )
     (B, T), (K, S, D) = qkv.shape[:2], k_cache.shape[1:]
     q = qkv.new_empty(B, T, K * group, D)
     tokens = max(1, 2048 // D)  # a program; few enough for registers, and for many programs at short prompts
+    if k_scale is not None:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     _triton().rotated_queries[(-(-B * T // tokens), K)](
-        qkv.contiguous(), cos.contiguous(), sin.contiguous(), pos.contiguous(), q_norm, k_norm, k_cache, v_cache, q,
-        B * T, T, S, eps, offset, G=group, D=D, BT=tokens, num_warps=4,
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), pos.contiguous(), q_norm, k_norm, k_cache, v_cache,
+        k_scale, v_scale, q, B * T, T, S, eps, offset, G=group, D=D, BT=tokens, num_warps=4,
     )  # fmt: skip
     return q
 
@@ -560,16 +571,17 @@ class FusedAttention(nn.Module):
 
     def forward(self, qkv: Tensor, rope, input_pos: Tensor, slots: Tensor | None) -> Tensor:
         T, cache, many = qkv.shape[1], self.cache, qkv.shape[1] * self.group > ATTEND_ROWS
-        if slots is None or (many and cache.k_scale is not None) or not use_triton(qkv):
+        if slots is None or not use_triton(qkv):
             return self.any_length(qkv, rope, input_pos, slots)
         norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
         eps, offset = (0.0, 0.0) if self.q_norm is None else (self.q_norm.eps, self.q_norm.offset)
         if many:
             q = torch.ops.hotloop.rotated_queries(
-                qkv, *rope, input_pos, cache.k, cache.v, *norms, self.group, eps, offset
+                qkv, *rope, input_pos, cache.k, cache.v, cache.k_scale, cache.v_scale, *norms, self.group, eps, offset
             )
-            # Where there are no slots, the tokens are a context's first, and so are theirs.
-            return self.attended(q.transpose(1, 2), *cache.read(len(q), T, q.dtype), input_pos, slots)
+            # Where no slots are to be attended to, the tokens are a context's first, and so are their own slots.
+            own = cache.read(len(q), 0 if slots.shape[0] else T, q.dtype)
+            return self.attended(q.transpose(1, 2), *own, input_pos, slots)
         return torch.ops.hotloop.attend(
             qkv, *rope, input_pos, cache.k, cache.v, cache.k_scale, cache.v_scale, self.count, *norms,
             self.group, self.scale, self.softcap or 0.0, self.window or 0, eps, offset,
@@ -631,7 +643,7 @@ def _triton() -> SimpleNamespace:
     def wait_for_input(OVERLAP: tl.constexpr):
         """Programmatic dependent launch: until here, the kernel before this one may still run; from here on, the next
         one may start. What was written two kernels ago is complete even before this, because the kernel in between
-        either waited like this before it let this one start, or is none of ours, which let nothing start early.
+        either waited like this before it let this one start, or is of another kind, which lets nothing start early.
         """
         if OVERLAP:
             cuda.gdc_wait()
@@ -1289,8 +1301,8 @@ def _triton() -> SimpleNamespace:
 
     @triton.jit(do_not_specialize=["N", "T", "S"])  # one program for all lengths
     def rotated_queries(
-        qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, q, N, T, S, eps, offset, G: tl.constexpr, D: tl.constexpr,
-        BT: tl.constexpr,
+        qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, k_scale, v_scale, q, N, T, S, eps, offset,
+        G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr,
     ):  # fmt: skip
         """Program (some of the N = B T tokens, kv head): its G query heads, its keys and its values."""
         kv, K = tl.program_id(1), tl.num_programs(1)
@@ -1302,12 +1314,19 @@ def _triton() -> SimpleNamespace:
         c, s = tl.load(cos + angle, mask=m, other=0.0), tl.load(sin + angle, mask=m, other=0.0)
         token = n.to(tl.int64)[:, None]
         slot = tl.load(pos + n, mask=n < N, other=0).to(tl.int64)
-        own = ((((n // T).to(tl.int64) * K + kv) * S + slot) * D)[:, None]
+        row = ((n // T).to(tl.int64) * K + kv) * S + slot
+        own = (row * D)[:, None]
         k = qkv + token * ((G + 2) * D * K) + (G * K + kv) * D
         v = tl.load(k + K * D + d[None, :], mask=m, other=0.0)
-        tl.store(v_cache + own + d[None, :], v, mask=m)
         k1, k2 = tl.load(k + i[None, :], mask=m, other=0.0), tl.load(k + P + i[None, :], mask=m, other=0.0)
         k1, k2 = rotated(k1, k2, c, s, k_norm, i, D, eps, offset, dtype)
+        if k_scale is not None:
+            k_of = head_scale(tl.maximum(tl.max(tl.abs(k1), 1), tl.max(tl.abs(k2), 1)))
+            v_of = head_scale(tl.max(tl.abs(v), 1))
+            k1, k2, v = as_e4m3(k1, k_of), as_e4m3(k2, k_of), as_e4m3(v, v_of)
+            tl.store(k_scale + row, k_of.to(tl.bfloat16), mask=n < N)
+            tl.store(v_scale + row, v_of.to(tl.bfloat16), mask=n < N)
+        tl.store(v_cache + own + d[None, :], v, mask=m)
         tl.store(k_cache + own + i[None, :], k1, mask=m)
         tl.store(k_cache + own + P + i[None, :], k2, mask=m)
         for j in tl.static_range(G):
@@ -1460,7 +1479,8 @@ def _triton() -> SimpleNamespace:
     library.define("gated(Tensor gate_up, str activation) -> Tensor")
     library.define(
         "rotated_queries(Tensor qkv, Tensor cos, Tensor sin, Tensor pos, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-        "Tensor? q_norm, Tensor? k_norm, int group, float eps, float offset) -> Tensor"
+        "Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? q_norm, Tensor? k_norm, int group, float eps, "
+        "float offset) -> Tensor"
     )
     library.define("dequantized(Tensor weight, Tensor scale, ScalarType dtype) -> Tensor")
     for operator in (_linear, _attend, _top_k, _rms_norm, _gated, _rotated_queries, _dequantized):
@@ -1487,7 +1507,7 @@ def _triton() -> SimpleNamespace:
         return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
     @torch.library.register_fake("hotloop::rotated_queries", lib=library)
-    def rotated_queries_shape(qkv, cos, sin, pos, k_cache, v_cache, q_norm, k_norm, group, eps, offset):
+    def rotated_queries_shape(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, q_norm, k_norm, group, *more):
         return qkv.new_empty(*qkv.shape[:2], k_cache.shape[1] * group, k_cache.shape[3])
 
     @torch.library.register_fake("hotloop::dequantized", lib=library)

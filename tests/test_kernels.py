@@ -140,6 +140,7 @@ else:
 
     @pytest.mark.parametrize("kind, group", KINDS)
     def test_linear_of_many_rows(kind, group, monkeypatch):
+        kernels._triton()
         monkeypatch.setattr(kernels, "_linear", None)
         x, w = torch.randn(17, 384, device=DEVICE), stored(kind, 37, 384, group)
         torch.testing.assert_close(kernels.linear(x, *w), kernels.linear_reference(x, *w), atol=1e-3, rtol=1e-5)
@@ -162,7 +163,7 @@ else:
             for w, offset in [(weight, 0.0), (weight, 1.0), (weight.float(), 0.5)]:
                 expected = F.rms_norm(x.double(), shape[-1:], w.double() + offset, 1e-3)
                 y = torch.ops.hotloop.rms_norm(x, w, 1e-3, offset)
-                assert y.dtype == dtype and relative(y, expected) < (2e-7 if dtype == torch.float32 else 2.0**-7)
+                assert y.dtype == dtype and relative(y, expected) < (1e-6 if dtype == torch.float32 else 2.0**-7)
 
     @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
     @pytest.mark.parametrize("shape", [(1, 2), (3, 14), (2, 3, 2050)])
@@ -176,7 +177,8 @@ else:
     @pytest.mark.parametrize("heads, D, norms", [((2, 1), 32, False), ((7, 1), 64, True), ((6, 3), 64, False),
                                                  ((2, 2), 256, True)], ids=str)  # fmt: skip
     @pytest.mark.parametrize("dtype", [torch.float32] + [torch.bfloat16, torch.float16] * GPU)
-    def test_rotated_queries(heads, D, norms, dtype):
+    @pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+    def test_rotated_queries(heads, D, norms, dtype, kv_dtype):
         kernels._triton()
         (H, K), (B, T, S) = heads, (2, 37, 64)
         # ragged, in any order, and with a token that is repeated; there are more rows in the cache than in the batch
@@ -189,11 +191,16 @@ else:
         weights = torch.rand(2, D, device=DEVICE).to(dtype) if norms else (None, None)
         results = []
         for f in (torch.ops.hotloop.rotated_queries, kernels.rotated_queries_reference):
-            caches = torch.ones(2, B + 1, K, S, D, dtype=dtype, device=DEVICE).unbind()
-            results.append((f(qkv, *rope, pos, *caches, *weights, H // K, 1e-5, 0.5), *caches))
+            cache = m.KVCache((B + 1, K, S, D), kv_dtype or dtype, DEVICE)
+            tensors = cache.k, cache.v, cache.k_scale, cache.v_scale
+            results.append((f(qkv, *rope, pos, *tensors, *weights, H // K, 1e-5, 0.5), *cache.read(B + 1, S, dtype)))
         tolerance = 1e-5 if dtype == torch.float32 else 2.0**-7
         for y, expected in zip(*results, strict=True):
-            torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
+            if kv_dtype and y is not results[0][0]:  # numbers between two of e4m3 may go to the other one
+                assert ((y - expected).abs() > 2e-3 * expected.abs()).sum() <= (2 if dtype == torch.float32 else 200)
+                torch.testing.assert_close(y, expected, atol=tolerance, rtol=1 / 7)
+            else:
+                torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
 
     def test_prefill_operators_traced():
         kernels._triton()
@@ -205,7 +212,7 @@ else:
         def all_of_them(x, k_cache, v_cache):
             y = torch.ops.hotloop.gated(torch.ops.hotloop.rms_norm(x, w, 1e-5, 0.0), "silu")
             qkv = torch.cat([x, y], -1).view(2, 10, 96)
-            q = torch.ops.hotloop.rotated_queries(qkv, *rope, pos, k_cache, v_cache, None, None, 1, 0.0, 0.0)
+            q = torch.ops.hotloop.rotated_queries(qkv, *rope, pos, k_cache, v_cache, *[None] * 4, 1, 0.0, 0.0)
             return q, kernels.linear(x, weight, scale), k_cache.sum(), v_cache.sum()
 
         compiled = torch.compile(all_of_them, fullgraph=True, backend="aot_eager")
@@ -328,7 +335,8 @@ else:
 
     @pytest.mark.parametrize("family", [{}, dict(qk_norm=True, sliding_window=20), dict(
         post_norms=True, attn_softcap=5.0, norm_offset=1.0, activation="gelu_tanh")], ids=str)  # fmt: skip
-    def test_fused_model_of_many_rows(family):
+    @pytest.mark.parametrize("kv_dtype", [None, "fp8"])
+    def test_fused_model_of_many_rows(family, kv_dtype):
         args = m.ModelArgs(dim=128, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=99,
                            max_seq_len=64, **family)  # fmt: skip
         plain, fused = (m.Transformer(args).to(DEVICE).eval().requires_grad_(False) for _ in range(2))
@@ -337,15 +345,15 @@ else:
         fused.load_state_dict(plain.state_dict())
         kernels.fuse(fused)
         for model in (plain, fused):
-            model.setup_caches(2, 35)
+            model.setup_caches(2, 35, kv_dtype)
         tokens, pos = torch.randint(0, 99, (2, 35), device=DEVICE), torch.arange(35, device=DEVICE).expand(2, -1)
         ragged = torch.minimum(pos, torch.tensor([[34], [9]], device=DEVICE))  # a row that repeats its last token
         # a context's first tokens, which look at no slots; later ones
         for p, start, slots in [(pos, 0, plain.slots[:0]), (pos, 2, plain.slots), (ragged, 0, plain.slots)]:
             inputs = tokens.gather(1, p)[:, start:], p[:, start:], slots
-            assert relative(fused(*inputs), plain(*inputs)) < 5e-6
-            k, expected = (model.layers[0].attention.cache.k for model in (fused, plain))
-            torch.testing.assert_close(k, expected, atol=1e-5, rtol=1e-5)
+            assert relative(fused(*inputs), plain(*inputs)) < (1e-2 if kv_dtype else 5e-6)  # roundings may flip
+            k, expected = (model.layers[0].attention.cache.read(2, 35, torch.float32)[0] for model in (fused, plain))
+            torch.testing.assert_close(k, expected, atol=1e-5, rtol=1 / 7 if kv_dtype else 1e-5)
 
     def test_many_rows_can_be_trained():
         args = m.ModelArgs(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=32, vocab_size=9,
