@@ -4,6 +4,8 @@
                 with RMSNorm before it and bias, gate or residual add after it in the same kernel
     attend      a few new tokens a row: RoPE, the write to the KV cache, and attention split over the context
     top_k       the k largest of each row of logits, sorted, with their ids
+    rms_norm, gated, rotated_queries, dequantized
+                what a long prompt needs between its matrix products, each in one pass over memory
     read_sum    reads memory and does nothing else: the bandwidth that all of this is measured against
 
 `fuse(model)` swaps modules that use them into a model's five seams. Triton is imported when a kernel is first wanted,
@@ -100,13 +102,43 @@ def activate(name: str, gate: Tensor) -> Tensor:
     return F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """What `rms_norm` computes, as model.RMSNorm does."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (h * (weight.float() + offset)).to(x.dtype)
+
+
+def gated_reference(gate_up: Tensor, activation: str) -> Tensor:
+    """What `gated` computes, as model.NormGateUp does."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activate(activation, gate) * up
+
+
+def rotated_queries_reference(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, q_norm, k_norm, group, eps,
+                              offset) -> Tensor:  # fmt: skip
+    """What `rotated_queries` computes, as model.Attention does. Mutates the caches."""
+    heads = qkv.unflatten(-1, (-1, k_cache.shape[3]))
+    K = heads.shape[2] // (group + 2)
+    q, k, v = heads.split([K * group, K, K], dim=2)
+    if q_norm is not None:
+        q, k = rms_norm_reference(q, q_norm, eps, offset), rms_norm_reference(k, k_norm, eps, offset)
+    halves = [x.float().chunk(2, dim=-1) for x in (q, k)]
+    q, k = (torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qkv.dtype) for a, b in halves)
+    rows = torch.arange(len(pos), device=pos.device)[:, None]
+    for x, cache, scales in (k, k_cache, k_scale), (v, v_cache, v_scale):
+        if scales is not None:  # as model.to_fp8
+            scale = (x.abs().amax(-1).float().clamp_min(2.0**-100) / 256).to(torch.bfloat16)
+            x, scales[rows, :, pos] = x.float() / scale.float()[..., None], scale
+        cache[rows, :, pos] = x.to(cache.dtype)
+    return q
+
+
 def linear_reference(x, weight, scale=None, bias=None, norm=None, residual=None, eps=0.0, offset=0.0,
                      activation="") -> Tensor:  # fmt: skip
     """What `linear` computes, in plain PyTorch."""
     if norm is not None:
-        h = x.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-        x = (h * (norm.float() + offset)).to(x.dtype)
+        x = rms_norm_reference(x, norm, eps, offset)
     # The scale goes on the result: the integers are exact in bf16. Not in fp16, where their sums overflow.
     if scale is not None and scale.ndim == 1 and x.dtype != torch.float16:
         y = (F.linear(x, weight.to(x.dtype)).float() * scale).to(x.dtype)
@@ -115,8 +147,7 @@ def linear_reference(x, weight, scale=None, bias=None, norm=None, residual=None,
     if bias is not None:
         y = y + bias.to(y.dtype)
     if activation:
-        gate, up = y.chunk(2, dim=-1)
-        y = activate(activation, gate) * up
+        y = gated_reference(y, activation)
     return y if residual is None else residual + y
 
 
@@ -139,10 +170,13 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
     Up to 16 rows stream the weight once; more rows are a matrix product with the weight dequantized.
     """
-    if use_triton(x) and x.numel() // x.shape[-1] <= SMALL_M:
+    if use_triton(x):
         if not torch.compiler.is_compiling():
-            _triton()  # registers the operator; `fuse` did so for a model
-        return torch.ops.hotloop.linear(x, weight, scale, None, None, None, 0.0, 0.0, "")
+            _triton()  # registers the operators; `fuse` did so for a model
+        if few_rows(x):
+            return torch.ops.hotloop.linear(x, weight, scale, None, None, None, 0.0, 0.0, "")
+        if scale is not None:
+            return F.linear(x, torch.ops.hotloop.dequantized(weight, scale, x.dtype))
     return linear_reference(x, weight, scale)
 
 
@@ -300,6 +334,79 @@ def _attend(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, count, q_nor
     return y
 
 
+# --------------------------------------------------------------------------------------------------------- prefill
+# Of a long prompt the matrix products go to libraries. What is between them is bound by memory, and each pass of plain
+# PyTorch counts: a norm makes about five in float32, a rotation a dozen. Operators, so that CUDA graphs and
+# torch.compile take them; what Inductor compiles keeps the plain norm and gate, of which it fuses more.
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """The operator hotloop::rms_norm: x [..., C] -> x / rms(x) * (offset + weight), in float32, in x's dtype."""
+    if not use_triton(x):
+        return rms_norm_reference(x, weight, eps, offset)
+    x = x.contiguous()
+    y, C = torch.empty_like(x), x.shape[-1]
+    columns = 1 << (C - 1).bit_length()
+    warps = max(1, min(16, columns // 512))
+    _triton().rms_norm[(x.numel() // C,)](x, weight, y, eps, offset, C=C, BC=columns, num_warps=warps)
+    return y
+
+
+GATED_BLOCK = 1024  # outputs a program
+
+
+def _gated(gate_up: Tensor, activation: str) -> Tensor:
+    """The operator hotloop::gated: [..., 2 H], gates and then what they gate -> activation(gate) * up [..., H]."""
+    if not use_triton(gate_up):
+        return gated_reference(gate_up, activation)
+    H = gate_up.shape[-1] // 2
+    y = gate_up.new_empty(*gate_up.shape[:-1], H)
+    grid = (y.numel() // H, -(-H // GATED_BLOCK))
+    _triton().gated[grid](gate_up.contiguous(), y, H=H, ACTIVATION=activation, BLOCK=GATED_BLOCK, num_warps=4)
+    return y
+
+
+def _rotated_queries(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, q_norm, k_norm, group, eps,
+                     offset) -> Tensor:  # fmt: skip
+    """The operator hotloop::rotated_queries: qkv [B, T, (H + 2K) D] -> queries [B, T, H, D]; writes the caches.
+
+    Queries and keys are normalized where there are weights [D], and rotated; keys and values go to slots pos [B, T] of
+    caches [B or more, K, S, D], e4m3 where there are scales [B or more, K, S]. Attention reads them there: views of a
+    cache need no copy.
+    """
+    if not use_triton(qkv):
+        return rotated_queries_reference(
+            qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, q_norm, k_norm, group, eps, offset
+        )
+    (B, T), (K, S, D) = qkv.shape[:2], k_cache.shape[1:]
+    q = qkv.new_empty(B, T, K * group, D)
+    tokens = max(1, 2048 // D)  # a program; few enough for registers, and for many programs at short prompts
+    if k_scale is not None:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    _triton().rotated_queries[(-(-B * T // tokens), K)](
+        qkv.contiguous(), cos.contiguous(), sin.contiguous(), pos.contiguous(), q_norm, k_norm, k_cache, v_cache,
+        k_scale, v_scale, q, B * T, T, S, eps, offset, G=group, D=D, BT=tokens, num_warps=4,
+    )  # fmt: skip
+    return q
+
+
+def _dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The operator hotloop::dequantized: `dequantize` of a quantized weight, [N, K] in dtype, for a matrix product."""
+    kind, columns = KINDS[weight.dtype], weight.shape[1]
+    no_fp8 = kind == "fp8" and dtype != torch.bfloat16 and weight.is_cuda and not _has_fp8(weight.device)
+    if not use_triton(weight) or no_fp8:
+        return dequantize(weight, scale).to(dtype)
+    K = 2 * columns if kind == "int4" else columns
+    y = torch.empty(len(weight), K, dtype=dtype, device=weight.device)
+    group = K // scale.shape[1] if kind == "int4" else 0
+    block = min(4096, 1 << (K - 1).bit_length())
+    grid = (-(-y.numel() // block),) if group else (len(weight), -(-K // block))
+    data = weight.view(torch.uint8) if kind == "fp8" else weight
+    tricks = dtype == torch.bfloat16 and weight.is_cuda
+    _triton().dequantized[grid](
+        data, scale, y, scale.numel(), K=K, KIND=kind, GROUP=group, BLOCK=block, TRICKS=tricks, num_warps=4
+    )
+    return y
+
+
 # ----------------------------------------------------------------------------------------------------------- top_k
 MAX_TOP_K = 256  # the largest k of the kernels
 GROUPS = 4 * MAX_TOP_K  # of a row's logits; of more groups than k, most of the k largest are alone in theirs
@@ -365,6 +472,12 @@ def few_rows(x: Tensor) -> bool:
     return x.numel() // x.shape[-1] <= SMALL_M
 
 
+def one_pass(*tensors: Tensor) -> bool:
+    """Whether to run an operator for many rows: where no compiler fuses the plain form, and no gradient is wanted."""
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not (few_rows(tensors[0]) or torch.compiler.is_compiling() or trained)
+
+
 class FusedLinear(nn.Linear):
     """nn.Linear whose weight is streamed for few rows; made from one, sharing its parameters."""
 
@@ -377,6 +490,18 @@ class FusedLinear(nn.Linear):
         if not few_rows(x):
             return F.linear(x, self.weight, self.bias)
         return torch.ops.hotloop.linear(x, self.weight, None, self.bias, None, None, 0.0, 0.0, "")
+
+
+class FusedNorm(nn.Module):
+    """model.RMSNorm in one pass for many rows; of few it is part of a linear, or of what a compiler fuses."""
+
+    def __init__(self, plain: nn.Module):
+        super().__init__()
+        self.weight, self.eps, self.offset = plain.weight, plain.eps, plain.offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.ops.hotloop.rms_norm if one_pass(x, self.weight) else rms_norm_reference
+        return norm(x, self.weight, self.eps, self.offset)
 
 
 class FusedNormLinear(nn.Module):
@@ -400,12 +525,12 @@ class FusedNormGateUp(nn.Module):
 
     def __init__(self, plain: nn.Module, activation: str):
         super().__init__()
-        self.norm, self.linear, self.activation, self.name = plain.norm, plain.linear, plain.activation, activation
+        self.norm, self.linear, self.name = plain.norm, plain.linear, activation
 
     def forward(self, x: Tensor) -> Tensor:
         if not few_rows(x):
-            gate, up = self.linear(self.norm(x)).chunk(2, dim=-1)
-            return self.activation(gate) * up
+            y = self.linear(self.norm(x))
+            return (torch.ops.hotloop.gated if one_pass(y) else gated_reference)(y, self.name)
         n = self.norm
         return torch.ops.hotloop.linear(
             x, *stored(self.linear), self.linear.bias, n.weight, None, n.eps, n.offset, self.name
@@ -432,7 +557,7 @@ class FusedLinearResidual(nn.Module):
 
 class FusedAttention(nn.Module):
     """model.Attention in one kernel for a few new tokens a row, at positions that follow one another (the last may be
-    repeated); longer inputs go through the plain one.
+    repeated). For more of them, one kernel for all that comes before attention itself; without a cache, the plain one.
 
     The context is split over programs by each row's own length, read on the device: cost follows the context, one
     compiled graph serves all lengths. The G query heads of a kv head share a program, so K and V are read once.
@@ -440,16 +565,23 @@ class FusedAttention(nn.Module):
 
     def __init__(self, plain: nn.Module, device: torch.device):
         self.__dict__ = plain.__dict__  # one state (norms, cache, settings), two forwards
-        self.any_length, self.reads_own_length = plain.forward, True
+        self.any_length, self.attended, self.reads_own_length = plain.forward, plain.attended, True
         # Programs of a kv head that have finished; room for any batch that the grid allows. The kernel leaves zeros.
         self.register_buffer("count", torch.zeros(4096, dtype=torch.int32, device=device), persistent=False)
 
     def forward(self, qkv: Tensor, rope, input_pos: Tensor, slots: Tensor | None) -> Tensor:
-        if slots is None or qkv.shape[1] * self.group > ATTEND_ROWS or not use_triton(qkv):
+        T, cache, many = qkv.shape[1], self.cache, qkv.shape[1] * self.group > ATTEND_ROWS
+        if slots is None or not use_triton(qkv):
             return self.any_length(qkv, rope, input_pos, slots)
         norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
         eps, offset = (0.0, 0.0) if self.q_norm is None else (self.q_norm.eps, self.q_norm.offset)
-        cache = self.cache
+        if many:
+            q = torch.ops.hotloop.rotated_queries(
+                qkv, *rope, input_pos, cache.k, cache.v, cache.k_scale, cache.v_scale, *norms, self.group, eps, offset
+            )
+            # Where no slots are to be attended to, the tokens are a context's first, and so are their own slots.
+            own = cache.read(len(q), 0 if slots.shape[0] else T, q.dtype)
+            return self.attended(q.transpose(1, 2), *own, input_pos, slots)
         return torch.ops.hotloop.attend(
             qkv, *rope, input_pos, cache.k, cache.v, cache.k_scale, cache.v_scale, self.count, *norms,
             self.group, self.scale, self.softcap or 0.0, self.window or 0, eps, offset,
@@ -476,16 +608,19 @@ def fuse(model: nn.Module) -> None:
             layer.gate_up = FusedNormGateUp(layer.gate_up, model.args.activation)
             if layer.down.post_norm is None:
                 layer.down = FusedLinearResidual(layer.down)
+    norm = type(model.norm)
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not name.endswith("router"):
+        swap = FusedLinear if type(module) is nn.Linear and not name.endswith("router") else None
+        swap = FusedNorm if type(module) is norm else swap
+        if swap:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, FusedLinear(module))
+            setattr(model.get_submodule(parent), child, swap(module))
 
 
 # ----------------------------------------------------------------------------------------------- the Triton programs
 @functools.cache
 def _triton() -> SimpleNamespace:
-    """Import Triton, define the kernels, register the operators hotloop::linear, attend and top_k; once."""
+    """Import Triton, define the kernels, register the operators of this file; once."""
     # Kernels look up what they use among the names of this module.
     global tl, INTERPRETED, wait_for_input, four, byte_at, dp4a, largest, digits, by_place
     global activated, as_numbers, centered_nibbles, weight_rows, finish, arrive, head_norm, rotated, attended
@@ -508,7 +643,7 @@ def _triton() -> SimpleNamespace:
     def wait_for_input(OVERLAP: tl.constexpr):
         """Programmatic dependent launch: until here, the kernel before this one may still run; from here on, the next
         one may start. What was written two kernels ago is complete even before this, because the kernel in between
-        either waited like this before it let this one start, or is none of ours, which let nothing start early.
+        either waited like this before it let this one start, or is of another kind, which lets nothing start early.
         """
         if OVERLAP:
             cuda.gdc_wait()
@@ -1146,6 +1281,86 @@ def _triton() -> SimpleNamespace:
                     tl.store(out, (acc / total[:, None]).to(y.dtype.element_ty), mask=mr[:, None])
                     tl.store(count + b * K + kv, 0)
 
+    @triton.jit
+    def rms_norm(x, weight, y, eps, offset, C: tl.constexpr, BC: tl.constexpr):
+        """A program a row."""
+        c = tl.arange(0, BC)
+        at = tl.program_id(0).to(tl.int64) * C + c
+        h = tl.load(x + at, mask=c < C, other=0.0).to(tl.float32)
+        h *= tl.rsqrt(tl.sum(h * h) / C + eps)
+        h *= tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32) + offset
+        tl.store(y + at, h.to(y.dtype.element_ty), mask=c < C)
+
+    @triton.jit
+    def gated(x, y, H: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+        """Program (row, part of its H outputs)."""
+        row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        gate = tl.load(x + row * 2 * H + i, mask=i < H, other=0.0).to(tl.float32)
+        up = tl.load(x + row * 2 * H + H + i, mask=i < H, other=0.0).to(tl.float32)
+        tl.store(y + row * H + i, (activated(gate, ACTIVATION) * up).to(y.dtype.element_ty), mask=i < H)
+
+    @triton.jit(do_not_specialize=["N", "T", "S"])  # one program for all lengths
+    def rotated_queries(
+        qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, k_scale, v_scale, q, N, T, S, eps, offset,
+        G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr,
+    ):  # fmt: skip
+        """Program (some of the N = B T tokens, kv head): its G query heads, its keys and its values."""
+        kv, K = tl.program_id(1), tl.num_programs(1)
+        dtype: tl.constexpr = q.dtype.element_ty
+        P: tl.constexpr = D // 2
+        n, i, d = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, P), tl.arange(0, D)
+        m = (n < N)[:, None]
+        angle = (n * P)[:, None] + i[None, :]
+        c, s = tl.load(cos + angle, mask=m, other=0.0), tl.load(sin + angle, mask=m, other=0.0)
+        token = n.to(tl.int64)[:, None]
+        slot = tl.load(pos + n, mask=n < N, other=0).to(tl.int64)
+        row = ((n // T).to(tl.int64) * K + kv) * S + slot
+        own = (row * D)[:, None]
+        k = qkv + token * ((G + 2) * D * K) + (G * K + kv) * D
+        v = tl.load(k + K * D + d[None, :], mask=m, other=0.0)
+        k1, k2 = tl.load(k + i[None, :], mask=m, other=0.0), tl.load(k + P + i[None, :], mask=m, other=0.0)
+        k1, k2 = rotated(k1, k2, c, s, k_norm, i, D, eps, offset, dtype)
+        if k_scale is not None:
+            k_of = head_scale(tl.maximum(tl.max(tl.abs(k1), 1), tl.max(tl.abs(k2), 1)))
+            v_of = head_scale(tl.max(tl.abs(v), 1))
+            k1, k2, v = as_e4m3(k1, k_of), as_e4m3(k2, k_of), as_e4m3(v, v_of)
+            tl.store(k_scale + row, k_of.to(tl.bfloat16), mask=n < N)
+            tl.store(v_scale + row, v_of.to(tl.bfloat16), mask=n < N)
+        tl.store(v_cache + own + d[None, :], v, mask=m)
+        tl.store(k_cache + own + i[None, :], k1, mask=m)
+        tl.store(k_cache + own + P + i[None, :], k2, mask=m)
+        for j in tl.static_range(G):
+            head = (kv * G + j) * D + i[None, :]
+            x = qkv + token * ((G + 2) * D * K) + head
+            q1, q2 = tl.load(x, mask=m, other=0.0), tl.load(x + P, mask=m, other=0.0)
+            q1, q2 = rotated(q1, q2, c, s, q_norm, i, D, eps, offset, dtype)
+            y = q + token * (G * D * K) + head
+            tl.store(y, q1, mask=m)
+            tl.store(y + P, q2, mask=m)
+
+    @triton.jit
+    def dequantized(
+        w, scale, y, groups, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+        TRICKS: tl.constexpr,
+    ):  # fmt: skip
+        """Program (row, part of its K columns); of int4, whose groups lie one behind the other, some of these."""
+        dtype: tl.constexpr = y.dtype.element_ty
+        if KIND == "int4":
+            g = tl.program_id(0).to(tl.int64) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+            h, m = tl.arange(0, GROUP // 2), g < groups
+            q = tl.load(w + (g * (GROUP // 2))[:, None] + h[None, :], mask=m[:, None], other=0)
+            sz = tl.load(scale + g, mask=m, other=0)
+            s = (sz & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
+            z = (sz >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)[:, None] - 8
+            low, high = centered_nibbles(q, dtype, TRICKS)
+            v = tl.interleave((low.to(tl.float32) - z) * s, (high.to(tl.float32) - z) * s).to(dtype)
+            tl.store(y + (g * GROUP)[:, None] + tl.arange(0, GROUP)[None, :], v, mask=m[:, None])
+        else:
+            row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+            q = tl.load(w + row * K + i, mask=i < K, other=0)
+            v = as_numbers(q, dtype, KIND, TRICKS).to(tl.float32) * tl.load(scale + row)
+            tl.store(y + row * K + i, v.to(dtype), mask=i < K)
+
     LOWEST = tl.constexpr(-(1 << 63))
 
     @triton.jit
@@ -1260,9 +1475,16 @@ def _triton() -> SimpleNamespace:
         "float scale, float softcap, int window, float eps, float offset) -> Tensor"
     )
     library.define("top_k(Tensor logits, int k) -> (Tensor, Tensor)")
-    library.impl("linear", _linear, "CompositeExplicitAutograd")
-    library.impl("attend", _attend, "CompositeExplicitAutograd")
-    library.impl("top_k", _top_k, "CompositeExplicitAutograd")
+    library.define("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor")
+    library.define("gated(Tensor gate_up, str activation) -> Tensor")
+    library.define(
+        "rotated_queries(Tensor qkv, Tensor cos, Tensor sin, Tensor pos, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+        "Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? q_norm, Tensor? k_norm, int group, float eps, "
+        "float offset) -> Tensor"
+    )
+    library.define("dequantized(Tensor weight, Tensor scale, ScalarType dtype) -> Tensor")
+    for operator in (_linear, _attend, _top_k, _rms_norm, _gated, _rotated_queries, _dequantized):
+        library.impl(operator.__name__[1:], operator, "CompositeExplicitAutograd")
 
     @torch.library.register_fake("hotloop::linear", lib=library)
     def linear_shape(x, weight, scale, bias, norm, residual, eps, offset, activation):
@@ -1276,7 +1498,24 @@ def _triton() -> SimpleNamespace:
     def top_k_shape(logits, k):
         return logits.new_empty(len(logits), k), logits.new_empty(len(logits), k, dtype=torch.int64)
 
+    @torch.library.register_fake("hotloop::rms_norm", lib=library)
+    def rms_norm_shape(x, weight, eps, offset):
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("hotloop::gated", lib=library)
+    def gated_shape(gate_up, activation):
+        return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+    @torch.library.register_fake("hotloop::rotated_queries", lib=library)
+    def rotated_queries_shape(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, q_norm, k_norm, group, *more):
+        return qkv.new_empty(*qkv.shape[:2], k_cache.shape[1] * group, k_cache.shape[3])
+
+    @torch.library.register_fake("hotloop::dequantized", lib=library)
+    def dequantized_shape(weight, scale, dtype):
+        return weight.new_empty(len(weight), weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1), dtype=dtype)
+
     return SimpleNamespace(
         read_sum=read_sum, gemv=gemv, small=small, attend=attend, group_maxima=group_maxima,
-        candidates=candidates, in_order=in_order, library=library,
+        candidates=candidates, in_order=in_order, rms_norm=rms_norm, gated=gated, rotated_queries=rotated_queries,
+        dequantized=dequantized, library=library,
     )  # fmt: skip

@@ -284,8 +284,13 @@ class Attention(nn.Module):
         q = q.transpose(1, 2)
         if slots is not None:
             k, v = self.cache.update(input_pos, k, v)
+        return self.attended(q, k.transpose(1, 2), v.transpose(1, 2), input_pos, slots)
+
+    def attended(self, q: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, input_pos: Tensor, slots: Tensor | None) -> Tensor:
+        """Rotated queries [B, H, T, D] over the cache, or where `slots` are none over k and v -> [B, T, H D]."""
+        B, _, T, _ = q.shape
         if slots is None or slots.shape[0] == 0:
-            y = self.causal(q, k.transpose(1, 2), v.transpose(1, 2))
+            y = self.causal(q, k_BKTD, v_BKTD)
         else:
             k, v = self.cache.read(B, slots.shape[0], q.dtype)
             y = torch.cat(

@@ -138,11 +138,86 @@ else:
         again = kernels.split_scales(kernels.join_scales(scale, zero))
         assert torch.equal(again[0], scale) and torch.equal(again[1], zero)
 
-    def test_large_rows_use_the_reference(monkeypatch):
+    @pytest.mark.parametrize("kind, group", KINDS)
+    def test_linear_of_many_rows(kind, group, monkeypatch):
+        kernels._triton()
         monkeypatch.setattr(kernels, "_linear", None)
-        w = stored("int8", 8, 64, 0)
-        x = torch.randn(17, 64, device=DEVICE)
-        torch.testing.assert_close(kernels.linear(x, *w), kernels.linear_reference(x, *w))
+        x, w = torch.randn(17, 384, device=DEVICE), stored(kind, 37, 384, group)
+        torch.testing.assert_close(kernels.linear(x, *w), kernels.linear_reference(x, *w), atol=1e-3, rtol=1e-5)
+
+    @pytest.mark.parametrize("kind, group", KINDS[1:])
+    @pytest.mark.parametrize("N, K", [(37, 384), (3, 4224), (1, 128)])
+    def test_dequantized(kind, group, N, K):
+        kernels._triton()
+        w = stored(kind, N, K, group)
+        for dtype in [torch.float32] + [torch.bfloat16, torch.float16] * GPU:
+            y, rtol = torch.ops.hotloop.dequantized(*w, dtype), 1e-6 if dtype == torch.float32 else 2.0**-7
+            torch.testing.assert_close(y, kernels.dequantize(*w).to(dtype), rtol=rtol, atol=1e-6)
+
+    @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 9, 100), (17, 1024), (2, 4100)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_rms_norm(shape, dtype):
+        kernels._triton()
+        rows, weight = torch.randn(shape, device=DEVICE).to(dtype), torch.rand(shape[-1], device=DEVICE).to(dtype)
+        for x in (rows, rows.transpose(0, -2)):
+            for w, offset in [(weight, 0.0), (weight, 1.0), (weight.float(), 0.5)]:
+                expected = F.rms_norm(x.double(), shape[-1:], w.double() + offset, 1e-3)
+                y = torch.ops.hotloop.rms_norm(x, w, 1e-3, offset)
+                assert y.dtype == dtype and relative(y, expected) < (1e-6 if dtype == torch.float32 else 2.0**-7)
+
+    @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+    @pytest.mark.parametrize("shape", [(1, 2), (3, 14), (2, 3, 2050)])
+    def test_gated(shape, activation):
+        kernels._triton()
+        x = 3 * torch.randn(shape, device=DEVICE)
+        expected = kernels.gated_reference(x, activation)
+        torch.testing.assert_close(torch.ops.hotloop.gated(x, activation), expected, atol=1e-5, rtol=1e-5)
+        assert relative(torch.ops.hotloop.gated(x.bfloat16(), activation), expected) < 2.0**-6
+
+    @pytest.mark.parametrize("heads, D, norms", [((2, 1), 32, False), ((7, 1), 64, True), ((6, 3), 64, False),
+                                                 ((2, 2), 256, True)], ids=str)  # fmt: skip
+    @pytest.mark.parametrize("dtype", [torch.float32] + [torch.bfloat16, torch.float16] * GPU)
+    @pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+    def test_rotated_queries(heads, D, norms, dtype, kv_dtype):
+        kernels._triton()
+        (H, K), (B, T, S) = heads, (2, 37, 64)
+        # ragged, in any order, and with a token that is repeated; there are more rows in the cache than in the batch
+        pos = torch.stack([torch.arange(5, 5 + T).clamp_max(20), torch.randperm(S)[:T]]).to(DEVICE)
+        qkv = torch.randn(B, T, (H + 2 * K) * D, device=DEVICE).to(dtype)
+        qkv[0, 15:] = qkv[0, 15]
+        args = m.ModelArgs(dim=8, n_layers=1, n_heads=H, n_kv_heads=K, head_dim=D, hidden_dim=8, vocab_size=9,
+                           max_seq_len=S)  # fmt: skip
+        rope = m.RoPE(args).to(DEVICE)(pos)
+        weights = torch.rand(2, D, device=DEVICE).to(dtype) if norms else (None, None)
+        results = []
+        for f in (torch.ops.hotloop.rotated_queries, kernels.rotated_queries_reference):
+            cache = m.KVCache((B + 1, K, S, D), kv_dtype or dtype, DEVICE)
+            tensors = cache.k, cache.v, cache.k_scale, cache.v_scale
+            results.append((f(qkv, *rope, pos, *tensors, *weights, H // K, 1e-5, 0.5), *cache.read(B + 1, S, dtype)))
+        tolerance = 1e-5 if dtype == torch.float32 else 2.0**-7
+        for y, expected in zip(*results, strict=True):
+            if kv_dtype and y is not results[0][0]:  # numbers between two of e4m3 may go to the other one
+                assert ((y - expected).abs() > 2e-3 * expected.abs()).sum() <= (2 if dtype == torch.float32 else 200)
+                torch.testing.assert_close(y, expected, atol=tolerance, rtol=1 / 7)
+            else:
+                torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
+
+    def test_prefill_operators_traced():
+        kernels._triton()
+        x, w, scale = torch.randn(20, 64, device=DEVICE), torch.rand(64, device=DEVICE), torch.rand(8, device=DEVICE)
+        weight = torch.randint(-127, 128, (8, 64), dtype=torch.int8, device=DEVICE)
+        rope = torch.rand(2, 2, 10, 1, 16, device=DEVICE)
+        pos, caches = torch.arange(20, device=DEVICE).view(2, 10), torch.zeros(2, 2, 1, 32, 32, device=DEVICE)
+
+        def all_of_them(x, k_cache, v_cache):
+            y = torch.ops.hotloop.gated(torch.ops.hotloop.rms_norm(x, w, 1e-5, 0.0), "silu")
+            qkv = torch.cat([x, y], -1).view(2, 10, 96)
+            q = torch.ops.hotloop.rotated_queries(qkv, *rope, pos, k_cache, v_cache, *[None] * 4, 1, 0.0, 0.0)
+            return q, kernels.linear(x, weight, scale), k_cache.sum(), v_cache.sum()
+
+        compiled = torch.compile(all_of_them, fullgraph=True, backend="aot_eager")
+        for a, b in zip(compiled(x, *caches.clone()), all_of_them(x, *caches.clone()), strict=True):
+            torch.testing.assert_close(a, b)
 
     def test_read_sum():
         x = torch.ones(100_001, device=DEVICE)
@@ -257,3 +332,37 @@ else:
             for a, b in [(0, 12), (12, 17), (17, 18), (18, 19), (19, 20)]:
                 expected = plain(tokens[:, a:b], pos[:, a:b])
                 assert relative(fused(tokens[:, a:b], pos[:, a:b]), expected) < 5e-6
+
+    @pytest.mark.parametrize("family", [{}, dict(qk_norm=True, sliding_window=20), dict(
+        post_norms=True, attn_softcap=5.0, norm_offset=1.0, activation="gelu_tanh")], ids=str)  # fmt: skip
+    @pytest.mark.parametrize("kv_dtype", [None, "fp8"])
+    def test_fused_model_of_many_rows(family, kv_dtype):
+        args = m.ModelArgs(dim=128, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=99,
+                           max_seq_len=64, **family)  # fmt: skip
+        plain, fused = (m.Transformer(args).to(DEVICE).eval().requires_grad_(False) for _ in range(2))
+        for name, weight in plain.named_parameters():
+            weight += 0.3 * torch.randn_like(weight) * name.endswith("norm.weight")
+        fused.load_state_dict(plain.state_dict())
+        kernels.fuse(fused)
+        for model in (plain, fused):
+            model.setup_caches(2, 35, kv_dtype)
+        tokens, pos = torch.randint(0, 99, (2, 35), device=DEVICE), torch.arange(35, device=DEVICE).expand(2, -1)
+        ragged = torch.minimum(pos, torch.tensor([[34], [9]], device=DEVICE))  # a row that repeats its last token
+        # a context's first tokens, which look at no slots; later ones
+        for p, start, slots in [(pos, 0, plain.slots[:0]), (pos, 2, plain.slots), (ragged, 0, plain.slots)]:
+            inputs = tokens.gather(1, p)[:, start:], p[:, start:], slots
+            assert relative(fused(*inputs), plain(*inputs)) < (1e-2 if kv_dtype else 5e-6)  # roundings may flip
+            k, expected = (model.layers[0].attention.cache.read(2, 35, torch.float32)[0] for model in (fused, plain))
+            torch.testing.assert_close(k, expected, atol=1e-5, rtol=1 / 7 if kv_dtype else 1e-5)
+
+    def test_many_rows_can_be_trained():
+        args = m.ModelArgs(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=32, vocab_size=9,
+                           max_seq_len=32)  # fmt: skip
+        models = [m.Transformer(args).to(DEVICE) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        kernels.fuse(models[1])
+        for model in models:
+            model(torch.arange(20, device=DEVICE)[None] % 9).logsumexp(-1).sum().backward()
+        grads = {name: p.grad for name, p in models[1].named_parameters()}
+        for name, p in models[0].named_parameters():
+            torch.testing.assert_close(grads[name], p.grad, msg=name)
