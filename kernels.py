@@ -246,6 +246,8 @@ def _linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> 
         # float32 has no tensor cores that are exact: tiles are small enough for registers.
         exact = x.dtype == torch.float32
         BM, (warps, BN, BK, stages) = 8 if M <= 8 else 16, (4, 32, 64, 2) if exact else SMALL_CONFIGS[kind]
+        while 16 < BK >= K:  # Triton 3.6 cannot compile a pipeline of a single step
+            BK //= 2
         part, count = _workspace(x.device)
         data = weight.view(torch.uint8) if kind == "fp8" else weight
         arguments = (x.contiguous(), data, scale, bias, norm, residual, y, part, count, M, N, K, eps, offset)

@@ -60,7 +60,9 @@ else:
     KINDS = [("float", 0), ("int8", 0), ("fp8", 0), ("int4", 32), ("int4", 64), ("int4", 128)]
 
     @pytest.fixture(autouse=True)
-    def seed():
+    def triton_alone(monkeypatch):
+        """Also where kernels_cuda.py would take over."""
+        monkeypatch.setattr(kernels, "_kernels_cuda", lambda: None)
         torch.manual_seed(0)
 
     @pytest.mark.parametrize("kind, group", KINDS)
@@ -101,6 +103,16 @@ else:
             expected = h @ kernels.dequantize(*w).double().T
             assert relative(y, expected) < 2.0 ** (-8 if GPU and M == 1 else -7)  # normalized rows are rounded to bf16,
             # and the interpreter truncates to it
+
+    @pytest.mark.parametrize("kind, group", KINDS)
+    @pytest.mark.parametrize("K", [128, 256])
+    def test_linear_of_few_columns(kind, group, K):
+        for M in (3, 16):
+            x, w = torch.randn(M, K, device=DEVICE), stored(kind, 70, K, group)
+            if GPU:
+                x, w = x.bfloat16(), (w[0].bfloat16() if kind == "float" else w[0], w[1])
+            expected = x.double() @ kernels.dequantize(*w).double().T
+            assert relative(kernels.linear(x, *w), expected) < (2.0**-7 if GPU else 4e-6)
 
     def test_norms_of_another_dtype_than_the_rows():
         x, w, norm = (
