@@ -149,7 +149,7 @@ class Plan(NamedTuple):
 
 @functools.cache
 def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: torch.device) -> Plan:
-    """One block to a multiprocessor, as few panels as leave room for most stages; laid out as linear_cuda.cu does."""
+    """One block to a multiprocessor, as few panels as leave room for four stages; laid out as linear_cuda.cu does."""
     room, most = next(r for r in (1, 2, 4, 8) if M <= r), _shared_memory(device)
     chunk = 1024 if K * 128 // COLUMNS[kind] <= 1024 else 2048
     warps = 8 if room == 1 or chunk == 1024 else 16
@@ -169,7 +169,7 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
         stages = min(MAX_STAGES[kind] * 2048 // chunk, (most - base) // stage)
         if columns * (panels - 1) < K:  # the last panel is not empty
             plans.append(Plan(chunk, room, warps, stages, panels, panels == 1 and rounds >= 4, base + stages * stage))
-    return max(plans, key=lambda plan: (plan.stages, -plan.panels))
+    return max(plans, key=lambda plan: (min(plan.stages, 4 * 2048 // chunk), -plan.panels, plan.stages))
 
 
 # ------------------------------------------------------------------------------------------- compilation and launch
