@@ -185,7 +185,8 @@ else:
         expected = kernels.gated_reference(x, activation)
         torch.testing.assert_close(torch.ops.hotloop.gated(x, activation), expected, atol=1e-5, rtol=1e-5)
         x = x.bfloat16()
-        assert relative(torch.ops.hotloop.gated(x, activation), kernels.gated_reference(x.float(), activation)) < 2.0**-6
+        expected = kernels.gated_reference(x.float(), activation)
+        assert relative(torch.ops.hotloop.gated(x, activation), expected) < 2.0**-6
 
     @pytest.mark.parametrize("heads, D, norms", [((2, 1), 32, False), ((7, 1), 64, True), ((6, 3), 64, False),
                                                  ((2, 2), 256, True)], ids=str)  # fmt: skip
