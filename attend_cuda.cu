@@ -132,6 +132,8 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     const int parts = (G * T + 7) / 8, r0 = blockIdx.x % parts * 8, R = min(8, G * T - r0);  // rows r0 ... r0 + R - 1
     const int b = blockIdx.x / parts / KV, head = blockIdx.x / parts % KV, split = blockIdx.y, width = KV * (G + 2) * D;
 
+    // The position of one token is as old as the step; those of several may have just been computed.
+    if (T > 1) asm volatile("griddepcontrol.wait;" ::: "memory");
     const int p = pos[b * T];  // of the first new token: the slots before it are attended to
     const int first = window ? max(p + 1 - window, 0) : 0;
     const int share = max((p - first + gridDim.y - 1) / gridDim.y + 127 & ~127, 256);

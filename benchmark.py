@@ -371,13 +371,18 @@ def circumstances(device: torch.device) -> dict:
 
 
 def measure_perplexities(checkpoint_path: str, device: torch.device) -> Iterator[dict]:
-    """Perplexity of a checkpoint on the bundled held-out text: bf16, with an fp8 KV cache, each of RECIPES; a row each.
+    """Perplexity of a checkpoint on the bundled held-out text: bf16, with an fp8 KV cache where it can be; RECIPES.
 
     Each recipe is written by quantize.py as a user would, in a temporary directory, and loaded from there.
     """
     tokenizer = Tokenizer(resolve(checkpoint_path))
     documents, _, _ = eval.read_documents(DEMO / "heldout.txt", tokenizer, None)
-    for mode, groupsize, method in [("bf16", None, None), ("bf16 kv fp8", None, None), *RECIPES]:
+    try:
+        pick_kv_dtype("fp8", device)
+        plain = ("bf16", "bf16 kv fp8")
+    except ValueError:  # a GPU without it
+        plain = ("bf16",)
+    for mode, groupsize, method in [*((mode, None, None) for mode in plain), *RECIPES]:
         with tempfile.TemporaryDirectory() as folder:
             directory = checkpoint_path
             if not mode.startswith("bf16"):

@@ -309,7 +309,7 @@ ATTEND_ROWS = 64  # new tokens times query heads a kv head, at most
 def _attend(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, count, q_norm, k_norm, group, scale, softcap,
             window, eps, offset) -> Tensor:  # fmt: skip
     """The operator hotloop::attend, see FusedAttention. Mutates the caches; `count` is zero before and after."""
-    if _kernels_cuda() and _kernels_cuda().supports_attend(qkv, k_cache, v_cache, group, q_norm):
+    if _kernels_cuda() and _kernels_cuda().supports_attend(qkv, pos, k_cache, v_cache, group, (q_norm, k_norm)):
         return _kernels_cuda().attend(
             qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, scale, softcap, window, eps, offset
         )
@@ -447,8 +447,8 @@ def _top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     (B, V), stride, device = logits.shape, logits.stride(0), logits.device
     values, ids = logits.new_empty(B, k), torch.empty(B, k, dtype=torch.int64, device=device)
-    best, found = (torch.empty(B, n, dtype=torch.int64, device=device) for n in (GROUPS, FOUND))
-    count = torch.empty(B, dtype=torch.int32, device=device)
+    best, found = (torch.empty(B, n, dtype=torch.int64, device=device) for n in (GROUPS, 2 * FOUND))
+    count = torch.empty(2, B, dtype=torch.int32, device=device)
     rows = 1 << (-(-V // GROUPS) - 1).bit_length()
     columns = max(1, min(GROUPS, TOP_K_TILE // rows))
     tiles, overlap = GROUPS // columns, _overlaps(device)
@@ -646,6 +646,7 @@ def _triton() -> SimpleNamespace:
         """Programmatic dependent launch: until here, the kernel before this one may still run; from here on, the next
         one may start. What was written two kernels ago is complete even before this, because the kernel in between
         either waited like this before it let this one start, or is of another kind, which lets nothing start early.
+        What the kernel right before this one wrote is complete only after this, whatever its kind.
         """
         if OVERLAP:
             cuda.gdc_wait()
@@ -1392,13 +1393,14 @@ def _triton() -> SimpleNamespace:
     def group_maxima(
         logits, best, count, V, stride, R: tl.constexpr, C: tl.constexpr, G: tl.constexpr, OVERLAP: tl.constexpr
     ):
-        """Program (row, tile): the largest of each of C groups. And a zero, to count the row's candidates from."""
+        """Program (row, tile): the largest of each of C groups. And zeros, to count the row's candidates from."""
         b, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
         wait_for_input(OVERLAP)
         keys = sort_keys(logits + b * stride, V, tile, R, C, G)
         tl.store(best + b * G + tile * C + tl.arange(0, C), tl.max(keys, 0))
         if tile == 0:
             tl.store(count + b, 0)
+            tl.store(count + tl.num_programs(0) + b, 0)
 
     @triton.jit(do_not_specialize=["k", "enough"])  # one program for all k
     def candidates(
@@ -1422,7 +1424,7 @@ def _triton() -> SimpleNamespace:
             m = tl.sum((tops >= middle).to(tl.int32))
             high = tl.where(m < k, middle, high)
             low, n = tl.where(m < k, low, middle), tl.where(m < k, n, m)
-        collect(keys, low, count + b, found + b * ROOM, ROOM)
+        collect(keys, low, count + b, found + b * 2 * ROOM, ROOM)
 
     @triton.jit(do_not_specialize=["k"])
     def in_order(
@@ -1432,7 +1434,7 @@ def _triton() -> SimpleNamespace:
         """Program (row, share): put its candidates in their places, which are the numbers of candidates above them."""
         b, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * 16
         step = tl.num_programs(1) * 16
-        row, found, count = logits + b * stride, found + b * ROOM, count + b
+        row, found, count = logits + b * stride, found + b * 2 * ROOM, count + b
         wait_for_input(OVERLAP)
         n = tl.load(count, cache_modifier=".cg")
         if n > ROOM:  # the largest crowd in few groups: one program searches again, slowly, among all logits of the row
@@ -1445,10 +1447,9 @@ def _triton() -> SimpleNamespace:
                         m += tl.sum((sort_keys(row, V, t, R, C, G) >= middle).to(tl.int32))
                     high = tl.where(m < k, middle, high)
                     low, n = tl.where(m < k, low, middle), tl.where(m < k, n, m)
-                tl.store(count, 0)
-                tl.debug_barrier()
+                found += ROOM  # other programs of the row may read the first count and room later than this
                 for t in range(TILES):
-                    collect(sort_keys(row, V, t, R, C, G), low, count, found, ROOM)
+                    collect(sort_keys(row, V, t, R, C, G), low, count + tl.num_programs(0), found, ROOM)
                 tl.debug_barrier()
                 step = 16
             else:

@@ -26,7 +26,7 @@ MAX_ROWS = 8
 COLUMNS = (64, 128, 128, 256)  # by kind: what columns must be a multiple of, 128 bytes
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 TILE_ROWS = 16  # as in linear_cuda.cu
-MAX_COLUMNS = 32768
+MAX_COLUMNS, MAX_PANELS = 32768, 8
 MAX_STAGES = (5, 3, 4, 3)  # by kind; more take memory from the L1 cache, and are slower
 
 
@@ -56,8 +56,9 @@ def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tenso
     group = K // scale.shape[1] if kind == 3 else 32
     if kind == 3 and (group not in (32, 64, 128) or K % (8 * group)):
         return False
-    # A vocabulary may be so large, or shared memory so small, that there is no room for a ring.
-    return _plan(kind, group, x.numel() // K, weight.shape[0], K, False, x.device).stages >= 2
+    # A vocabulary may be so large, or shared memory so small, that there is no room for a ring, or for much of x.
+    plan = _plan(kind, group, x.numel() // K, weight.shape[0], K, False, x.device)
+    return plan.stages >= 3 and plan.panels <= MAX_PANELS
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
@@ -92,28 +93,32 @@ HEAD_DIMS, MAX_TOKENS, MAX_COUNTS = (64, 128), 8, 4096
 ATTEND_THREADS, ATTEND_ROWS, SPAN = 256, 8, 256  # of a block, as in attend_cuda.cu; slots that are worth a block
 
 
-def supports_attend(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, group: int, norm: Tensor | None = None) -> bool:
+def supports_attend(qkv: Tensor, pos: Tensor, k_cache: Tensor, v_cache: Tensor, group: int,
+                    norms: tuple[Tensor | None, ...] = ()) -> bool:  # fmt: skip
     """Whether `attend` should take these: bf16, few new tokens, heads of a size that there is a kernel for."""
     (B, T), (K, _, D) = qkv.shape[:2], k_cache.shape[1:]
     if D not in HEAD_DIMS or not 0 < T <= MAX_TOKENS or B * K * -(-group * T // ATTEND_ROWS) > MAX_COUNTS:
         return False
-    if not available(qkv.device):
+    if not available(qkv.device) or qkv.dtype != torch.bfloat16:
         return False
-    if any(t is not None and t.dtype != torch.bfloat16 for t in (qkv, k_cache, v_cache, norm)):
+    if T == 1 and not pos.is_contiguous():  # the kernel does not wait for a copy of it
         return False
-    return all(t.device == qkv.device and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (k_cache, v_cache))
+    others = [t for t in (k_cache, v_cache, *norms) if t is not None]
+    return all(
+        t.dtype == qkv.dtype and t.device == qkv.device and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in others
+    )
 
 
 def attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, scale, softcap, window, eps, offset):
     """The operator hotloop::attend (see kernels.FusedAttention) for what `supports_attend` accepts.
 
-    qkv bf16 [B, T, (H + 2K) D], which may be on its way from the kernel before this one; cos and sin float32
-    [B, T, 1, D/2], pos int64 [B, T]; caches bf16 [B or more, K, S, D], which are written to; count int32 [MAX_COUNTS],
-    zero before and after. -> bf16 [B, T, H D].
+    qkv bf16 [B, T, (H + 2K) D], cos and sin float32 [B, T, 1, D/2], all of which may be on their way from the kernel
+    before this one; pos int64 [B, T], which may be so if T > 1, else it is older, as older slots are; caches bf16 [B or
+    more, K, S, D], which are written to; count int32 [MAX_COUNTS], zero before and after. -> bf16 [B, T, H D].
     """
     B, T = qkv.shape[:2]
     K, S, D = k_cache.shape[1:]
-    qkv, pos = qkv.contiguous(), pos.contiguous()
+    qkv, cos, sin, pos = qkv.contiguous(), cos.contiguous(), sin.contiguous(), pos.contiguous()
     # Enough blocks to fill the GPU at long contexts; those with nothing to do at a short one return at once.
     blocks = B * K * -(-group * T // ATTEND_ROWS)
     splits = max(1, min(64, 2 * _multiprocessors(qkv.device) // blocks, -(-S // SPAN)))
@@ -132,6 +137,7 @@ _turns = itertools.count()
 
 @functools.cache
 def _tickets(device: torch.device) -> Tensor:
+    """Tiles taken and blocks that have ended, of each turn; the kernels of a device run one after another."""
     return torch.zeros(TURNS, 2, dtype=torch.int32, device=device)
 
 

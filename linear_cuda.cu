@@ -199,7 +199,8 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
                     float* total = totals + (i * ROWS + r) * ROOM + m;
                     if (panel > 0) value += *total;
                     if (panel < panels - 1) {
-                        *total = value;
+                        __syncwarp();  // of one row both halves of the warp hold the same sums
+                        if (ROOM > 1 || lane < ROWS) *total = value;
                         continue;
                     }
                 }

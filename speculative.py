@@ -151,16 +151,16 @@ def draft_one_token(model, tokens, input_pos, slots, sampler, seen, vocab: int) 
 
 
 def verify_proposal(model, token, proposed, pos, last, slots, sampler, probs):
-    """Run token [B, 1] and proposed [B, k] from pos [B, 1] on -> (tokens [B, k + 1], where the next step begins).
+    """Run token [B, 1] and proposed [B, k] at pos [B, k + 1] -> (tokens [B, k + 1], where the next step begins).
 
     tokens: as `accept` returns them. The other is [3, B, 1]: the next step's token, the one before, and its position,
     which goes no further than last [B, 1]. probs: as `draft_one_token` returns them, of each proposed token.
     """
     tokens = torch.cat([token, proposed], 1)
-    logits = model(tokens, pos + torch.arange(tokens.shape[1], device=pos.device), slots)
+    logits = model(tokens, pos, slots)
     out = sampler.verify(logits, proposed, probs)
     count = (out >= 0).sum(1, keepdim=True)
-    position = torch.minimum(pos + count, last)
+    position = torch.minimum(pos[:, :1] + count, last)
     return out, torch.stack([out.gather(1, count - 1), tokens.gather(1, count - 1), position])
 
 
@@ -465,7 +465,9 @@ class Speculation:
         slots = self.slots_for(model, length + k)
 
         def verify():
-            out, state = self.verify_step(model, s.token, s.proposed[k], s.pos, s.last, slots, sampler, s.probs[k])
+            # Not in the compiled step: a compiler would compute them anew for each layer.
+            pos = s.pos + torch.arange(k + 1, device=device)
+            out, state = self.verify_step(model, s.token, s.proposed[k], pos, s.last, slots, sampler, s.probs[k])
             s.out[k].copy_(out)
             s.state.copy_(state)
 

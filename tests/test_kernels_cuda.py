@@ -120,7 +120,7 @@ if GPU:
                 pos[:, 3], qkv[:, 3] = pos[:, 2], qkv[:, 2].clone()
             rope, count = model.RoPE(args).cuda()(pos), torch.zeros(k.MAX_COUNTS, dtype=torch.int32, device="cuda")
             eps = args.norm_eps if qk_norm else 0.0
-            assert k.supports_attend(qkv, *caches, G, norms[0])
+            assert k.supports_attend(qkv, pos, *caches, G, norms)
             y = k.attend(qkv, *rope, pos, *caches, count, *norms, G, plain.scale, cap, window, eps, 0.0)
             with torch.no_grad():
                 want = plain(qkv.float(), rope, pos, torch.arange(S, device="cuda"))
@@ -205,19 +205,24 @@ def test_guards(h200, monkeypatch):
     q = torch.zeros(64, 256, dtype=torch.int8)
     assert k.supports(x, q, torch.ones(64)) and not k.supports(x, q, torch.ones(64).bfloat16())
     assert not k.supports(x, q, torch.ones(128)[::2])
-    monkeypatch.setattr(k, "_shared_memory", lambda device: 30000)
-    assert not k.supports(x, weight, None), "no room for two stages"
+    monkeypatch.setattr(k, "_shared_memory", lambda device: 45000)
+    assert not k.supports(x, weight, None), "no room for three stages"
 
 
 def test_attend_guards(h200):
     qkv, k_cache, v_cache = (torch.zeros(*s, dtype=torch.bfloat16) for s in ((1, 2, 384), (1, 1, 9, 64), (1, 1, 9, 64)))
-    assert k.supports_attend(qkv, k_cache, v_cache, 4)
-    assert k.supports_attend(qkv, k_cache, v_cache, 4, torch.ones(64).bfloat16())
+    pos = torch.zeros(1, 2, dtype=torch.int64)
+    assert k.supports_attend(qkv, pos, k_cache, v_cache, 4)
+    assert k.supports_attend(qkv, pos, k_cache, v_cache, 4, (torch.ones(64).bfloat16(), None))
+    assert k.supports_attend(qkv[:, :1].expand(3, 1, -1), pos[:, :1], k_cache, v_cache, 4)
+    assert not k.supports_attend(qkv[:, :1].expand(3, 1, -1), pos[:, :1].expand(3, 1), k_cache, v_cache, 4)
     for changed in (
-        (qkv.float(), k_cache, v_cache, 4), (qkv, k_cache.half(), v_cache, 4), (qkv[:, :0], k_cache, v_cache, 4),
-        (qkv, k_cache[..., :32], v_cache[..., :32], 4), (qkv.repeat(1, 5, 1), k_cache, v_cache, 4),
-        (qkv.expand(5000, 2, -1), k_cache, v_cache, 4), (qkv, k_cache, v_cache.repeat(1, 1, 1, 2)[..., ::2], 4),
-        (qkv, k_cache, v_cache, 4, torch.ones(64)), (qkv, k_cache.to(torch.float8_e4m3fn), v_cache, 4),
+        (qkv.float(), pos, k_cache, v_cache, 4), (qkv, pos, k_cache.half(), v_cache, 4),
+        (qkv[:, :0], pos, k_cache, v_cache, 4), (qkv, pos, k_cache[..., :32], v_cache[..., :32], 4),
+        (qkv.repeat(1, 5, 1), pos, k_cache, v_cache, 4), (qkv.expand(5000, 2, -1), pos, k_cache, v_cache, 4),
+        (qkv, pos, k_cache, v_cache.repeat(1, 1, 1, 2)[..., ::2], 4),
+        (qkv, pos, k_cache, v_cache, 4, (torch.ones(64),)),
+        (qkv, pos, k_cache.to(torch.float8_e4m3fn), v_cache, 4),
     ):  # fmt: skip
         assert not k.supports_attend(*changed)
 
@@ -225,7 +230,7 @@ def test_attend_guards(h200):
 def test_not_on_a_cpu():
     assert not k.available(torch.device("cpu"))
     assert not k.supports(torch.ones(2, 256).bfloat16(), torch.ones(64, 256).bfloat16())
-    assert not k.supports_attend(*(torch.zeros(1, 1, 9, 64).bfloat16(),) * 3, 4)
+    assert not k.supports_attend(*(torch.zeros(1, 1, 9, 64).bfloat16(),) * 4, 4)
 
 
 def test_kernels_alone(monkeypatch):
