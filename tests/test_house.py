@@ -20,7 +20,12 @@ ALL = set(FILES)
 # What each file may import from the repository: at the top level, and in addition inside functions (its `main`).
 ALLOWED = {
     "model": (set(), set()),
-    "kernels": (set(), {"kernels_cuda"}),
+    "kernels_overlap": (set(), set()),
+    "kernels_one_pass": (set(), set()),
+    "kernels_linear": ({"kernels_one_pass", "kernels_overlap"}, set()),
+    "kernels_attend": ({"kernels_one_pass", "kernels_overlap"}, set()),
+    "kernels_top_k": ({"kernels_overlap"}, set()),
+    "kernels": ({"kernels_attend", "kernels_linear", "kernels_one_pass", "kernels_top_k"}, {"kernels_cuda"}),
     "kernels_cuda": (set(), set()),
     "kernels_cpu": (set(), set()),
     "tokenizer": (set(), set()),

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+import kernels_attend
+import kernels_top_k
 import model as m
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -274,10 +276,10 @@ else:
 
     @pytest.mark.parametrize("room", [256, 2048])
     def test_top_k_that_crowd_in_few_groups(room, monkeypatch):
-        monkeypatch.setattr(kernels, "FOUND", room)
-        x = torch.randn(2, 20 * kernels.GROUPS, device=DEVICE)
+        monkeypatch.setattr(kernels_top_k, "FOUND", room)
+        x = torch.randn(2, 20 * kernels_top_k.GROUPS, device=DEVICE)
         for group in range(30):
-            x[0, group :: kernels.GROUPS] += 100 - group
+            x[0, group :: kernels_top_k.GROUPS] += 100 - group
         for k in (1, 256):
             check_top_k(x, k)
 
@@ -297,7 +299,7 @@ else:
 
     @pytest.mark.parametrize("family, length, T, kv_dtype", CASES, ids=str)
     def test_attend(family, length, T, kv_dtype, monkeypatch):
-        monkeypatch.setattr(kernels, "ATTEND_BLOCK", 16)  # several splits at these lengths
+        monkeypatch.setattr(kernels_attend, "ATTEND_BLOCK", 16)  # several splits at these lengths
         size = dict(dim=128, n_layers=1, n_heads=8, n_kv_heads=2, head_dim=64, hidden_dim=64, vocab_size=9)
         args = m.ModelArgs(**{**size, "max_seq_len": 256, **family})
         plain = m.Attention(args, 0).to(DEVICE)
