@@ -54,13 +54,21 @@ def decode_one_token(model: Transformer, token: Tensor, input_pos: Tensor, slots
     return sample(model(token, input_pos, slots)[:, -1]), input_pos + 1
 
 
+def advance(model: Transformer, token: Tensor, input_pos: Tensor, slots: Tensor, sample: Callable) -> None:
+    """`decode_one_token` in place, which a compiler makes part of the last kernels."""
+    following = decode_one_token(model, token, input_pos, slots, sample)
+    token.copy_(following[0])
+    input_pos.copy_(following[1])
+
+
 def compile_decode(model: Transformer) -> Callable:
     """`decode_one_token`, compiled, and on CUDA replayed as one graph; one compilation serves all context lengths.
 
     Prefill is not compiled: it is matrix products, which libraries do, and Inductor takes a minute for 32 layers of it.
     """
+    graphed = model.tok_embeddings.weight.is_cuda
     step = torch.compile(
-        decode_one_token,
+        advance if graphed else decode_one_token,
         fullgraph=True,
         # The first lets Inductor's matrix-vector kernels stream; the second draws the same numbers as eager code.
         options={"coordinate_descent_tuning": True, "fallback_random": True},
@@ -70,7 +78,7 @@ def compile_decode(model: Transformer) -> Callable:
         torch._dynamo.mark_dynamic(slots, 0)
         return step(model, token, input_pos, slots, sample)
 
-    return GraphedDecode(decode) if model.tok_embeddings.weight.is_cuda else decode
+    return GraphedDecode(decode) if graphed else decode
 
 
 class GraphedDecode:
@@ -80,14 +88,16 @@ class GraphedDecode:
     launch; mode="reduce-overhead" does the same but checks and copies its inputs each time, 0.3 ms for a small model.
     """
 
-    def __init__(self, decode: Callable):
-        self.decode, self.graphs, self.buffers = decode, {}, {}
+    def __init__(self, advance: Callable):
+        self.advance, self.graphs, self.buffers = advance, {}, {}
 
     def __call__(self, model, token, input_pos, slots, sample):
         """As decode_one_token; the tensors returned are overwritten by the next call."""
         if reads_own_length(model):
             slots = model.slots
-        buffers = self.buffers.setdefault(token.shape[0], (token.clone(), input_pos.clone()))
+        if token.shape[0] not in self.buffers:
+            self.buffers[token.shape[0]] = token.clone(), input_pos.clone()
+        buffers = self.buffers[token.shape[0]]
         if token is not buffers[0]:
             buffers[0].copy_(token)
             buffers[1].copy_(input_pos)
@@ -107,13 +117,11 @@ class GraphedDecode:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
-                self.decode(model, buffers[0].clone(), buffers[1].clone(), slots, sample)
+                self.advance(model, buffers[0].clone(), buffers[1].clone(), slots, sample)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            token, input_pos = self.decode(model, *buffers, slots, sample)
-            buffers[0].copy_(token)
-            buffers[1].copy_(input_pos)
+            self.advance(model, *buffers, slots, sample)
         for name, b in kept.items():
             sample.get_buffer(name).copy_(b)
         return graph

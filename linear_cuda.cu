@@ -28,6 +28,7 @@ constexpr int CHAINS = KIND == 1 ? 4 : 2;          // of products that wait for 
 constexpr int TILES = !FLOAT && ROOM > 4 ? 2 : 1;  // of 8 columns: a row of x is two of them, if it is integers
 constexpr int BOXES = KIND == 3 ? CHUNK * 2 / GROUP / 8 : 0;  // of 8 scales and zeros for 8 rows of W
 constexpr int STAGE = 2 * HALF + 2 * BOXES * 256;
+constexpr int FLIGHT = 4096 / CHUNK;               // stages that are sent for at a time: 64 KB keep a share of the bus busy
 constexpr int X_BANK = KIND == 3 ? 32 : 16;        // a pitch that spreads what a warp reads at once over all banks
 constexpr int SPAN = KIND == 3 ? 32 : 128;         // columns of integer x that share an exponent
 // int4: with few rows of x, several blocks of 32 columns get columns of their own in one accumulator.
@@ -106,13 +107,13 @@ __device__ __forceinline__ float activated(float v, int activation) {
 
 // The i-th tile of a block: outputs n ... n + rows - 1. Blocks take tiles in turn, so that what is read at a time is
 // close together; what does not go round is cut evenly.
-struct Tile { int n, rows; };
+struct Tile { int n; short rows, chunk; };  // chunk: the one it begins with
 
 __device__ __forceinline__ Tile tile_at(int i, int N, int step) {
     const int blocks = gridDim.x, rounds = N / (step * blocks), block = blockIdx.x;
-    if (i < rounds) return {(i * blocks + block) * step, step};
+    if (i < rounds) return {(i * blocks + block) * step, (short)step};
     const int rest = N - rounds * step * blocks, first = rest * block / blocks;
-    return {rounds * step * blocks + first, i > rounds ? 0 : rest * (block + 1) / blocks - first};
+    return {rounds * step * blocks + first, (short)(i > rounds ? 0 : rest * (block + 1) / blocks - first)};
 }
 
 struct Ring {  // of stages of weights, as its writer or a reader goes round it
@@ -126,18 +127,25 @@ struct Ring {  // of stages of weights, as its writer or a reader goes round it
 // where whoever is faster takes more of them, and blocks that have ended; zero before and after. Else an even share.
 __device__ __forceinline__ void send(Ring ring, const TensorMap& w, const TensorMap& scale_zero, u8* shared, Tile* tile_of,
                                      int N, int step, bool pairs, int chunks, int a_panel, int panels, u32* taken) {
+    int sent = 0;
     for (int panel = 0; panel < panels; panel++) {
         const int first = panel * a_panel, count = min(a_panel, chunks - first);
         int ticket = blockIdx.x;
         for (int i = 0;; i++) {
-            const Tile tile = taken ? Tile{ticket * step, max(min(step, N - ticket * step), 0)} : tile_at(i, N, step);
+            Tile tile = taken ? Tile{ticket * step, (short)max(min(step, N - ticket * step), 0)} : tile_at(i, N, step);
             const int second = pairs ? N + tile.n : tile.n + 8;
             const bool both = tile.rows && (pairs || tile.rows > 8);
             if (taken && tile.rows) ticket = gridDim.x + atomicAdd(taken, 1);
-            // Blocks go round a row from different chunks on: together they read all memory channels.
-            for (int k = 0, chunk = blockIdx.x % count; k < count; k++, chunk = chunk + 1 < count ? chunk + 1 : 0) {
+            // Neighbours go round a row from different chunks on: together they read all memory channels. And a tile's sums
+            // are the same, whoever takes it.
+            tile.chunk = tile.n / step % count;
+            for (int k = 0, chunk = tile.chunk; k < count; k++, chunk = chunk + 1 < count ? chunk + 1 : 0) {
                 const u32 barrier = ring.full + ring.stage * 8, to = address(shared + ring.stage * STAGE);
                 wait_for(ring.empty + ring.stage * 8, ring.parity ^ 1);
+                // Requests are served in order: had it sent for all, what other warps need would come after all of it.
+                const int before = ring.stage - FLIGHT;
+                if (sent++ >= FLIGHT)
+                    wait_for(ring.full + (before < 0 ? before + ring.size : before) * 8, ring.parity ^ (before < 0));
                 tile_of[ring.stage] = tile;
                 ring.next();
                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
@@ -404,12 +412,12 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
             }
         consumers_meet();
 
-        const int first_chunk = blockIdx.x % count;
         for (;; turn++) {
             float c[CHAINS][4] = {}, sum[TILES][2] = {};
             wait_for(ring.full + ring.stage * 8, ring.parity);
-            const bool end = tile_of[ring.stage].rows == 0;
-            for (int k = 0, chunk = first_chunk; k < (end ? 0 : count); k++, chunk = chunk + 1 < count ? chunk + 1 : 0) {
+            const Tile tile = tile_of[ring.stage];
+            const bool end = tile.rows == 0;
+            for (int k = 0, chunk = tile.chunk; k < (end ? 0 : count); k++, chunk = chunk + 1 < count ? chunk + 1 : 0) {
                 if (k) wait_for(ring.full + ring.stage * 8, ring.parity);
                 // Weights into registers, so that the stage can be filled again soon.
                 uint4 w[BLOCKS][4];

@@ -15,7 +15,7 @@ from checkpoint import load_model
 from tokenizer import Tokenizer
 
 GPU = torch.cuda.is_available() and k.available(torch.device("cuda", 0))
-SHAPES = [(333, 512), (66, 1024), (1000, 4096), (4096, 2048), (5, 512), (48, 14336), (50, 22016)]
+SHAPES = [(333, 512), (66, 1024), (12345, 1024), (1000, 4096), (4096, 2048), (5, 512), (48, 14336), (50, 22016)]
 KINDS = [("bf16", 0), ("fp8", 0), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 128)]
 
 
