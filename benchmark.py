@@ -198,7 +198,7 @@ def measure(
         alone = tp.communication_seconds(model, batch)
         shared = {"ranks": ranks.world, "all_reduce_us": alone * 1e6 / (2 * model.args.n_layers + 1),
                   "percent_communication": step_s and 100 * alone / step_s,
-                  "all_reduce": "one-shot" if model.tok_embeddings.weight.dtype in ranks.one_shot else
+                  "all_reduce": "exchange" if ranks.exchanged.get(model.tok_embeddings.weight.dtype) else
                   "nccl" if device.type == "cuda" else "gloo"}  # fmt: skip
     return shared | {
         "compile_s": compile_s,

@@ -312,7 +312,8 @@ def build_model(
         if isinstance(module, QuantLinear):
             module.pack()
     (kernels_cpu if model.tok_embeddings.weight.is_cpu else kernels).fuse(model)
-    tp.choose_all_reduce(args.dim, model.tok_embeddings.weight.dtype, model.tok_embeddings.weight.device)
+    weight = model.tok_embeddings.weight
+    tp.choose_all_reduce(args.dim, weight.dtype, weight.device, kernels.exchange(weight.device))
     return model
 
 

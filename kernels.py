@@ -121,6 +121,12 @@ def _kernels_cuda() -> ModuleType | None:
     return kernels_cuda
 
 
+def exchange(device: torch.device) -> type | None:
+    """kernels_cuda.Exchange, for sums over several GPUs; None where it cannot be compiled."""
+    cuda = _kernels_cuda()
+    return cuda.Exchange if cuda and cuda.has_nvrtc(device) else None
+
+
 def _linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> Tensor:
     """The operator hotloop::linear: `linear_reference` in one kernel, for up to 16 rows (in two for two of int4)."""
     if not use_triton(x):  # the model has moved to a CPU

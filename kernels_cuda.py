@@ -1,5 +1,6 @@
 """Linears of a few rows, and attention of a few new tokens, for Hopper GPUs and newer, in CUDA C++ (linear_cuda.cu,
-attend_cuda.cu): kernels.py runs them wherever `supports` and `supports_attend` say so, and Triton elsewhere.
+attend_cuda.cu): kernels.py runs them wherever `supports` and `supports_attend` say so, and Triton elsewhere. And sums
+of small tensors over several GPUs (exchange_cuda.cu), which tp.py runs where they are faster than NCCL's.
 
 What Triton cannot be told: which warps copy weights and which compute, so that copies never wait; int8 and int4 weights
 multiplied by tensor cores as the integers that they are; loads that begin before the kernel before this one has ended,
@@ -33,9 +34,7 @@ MAX_STAGES = (5, 4, 4, 3)  # by kind; more take memory from the L1 cache, and ar
 @functools.cache
 def available(device: torch.device) -> bool:
     """Whether the kernel can run on a device: a GPU of compute capability 9.0 or more, with NVRTC at hand."""
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    return _libraries() is not None
+    return has_nvrtc(device) and _overlaps(device)
 
 
 def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
@@ -131,6 +130,46 @@ def attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, s
     return y
 
 
+EXCHANGE_THREADS, MAX_WORLD = 256, 8  # as in exchange_cuda.cu
+
+
+class Exchange:
+    """Sums over GPUs that can write to each other's memory, and tensors of all of them side by side.
+
+    words: int64 memory of this GPU, zeros, that all can write to; addresses: of this memory on each rank, as seen from
+    here. All ranks must make the same calls in the same order, at most `limit` bytes each. RuntimeError: too many.
+    """
+
+    def __init__(self, words: Tensor, addresses: list[int], rank: int):
+        if len(addresses) > MAX_WORLD:
+            raise RuntimeError(f"{len(addresses)} GPUs exchange words: at most {MAX_WORLD} can")
+        self.words, self.rank, self.world = words, rank, len(addresses)
+        self.memory = (ctypes.c_uint64 * MAX_WORLD)(*addresses)
+        self.room = words.numel() // (2 * self.world * 2)  # pieces of 8 bytes, each of which takes two words
+        self.limit = 8 * self.room
+        self.state = torch.tensor([1, 0], dtype=torch.int32).to(words.device)
+
+    def __call__(self, x: Tensor, gather: bool = False) -> Tensor:
+        """x bf16 or float32 of all ranks -> their sum, the same bits on each, of x's shape; or [world, *x.shape]."""
+        x = x.contiguous()
+        y = x.new_empty(self.world, *x.shape) if gather else torch.empty_like(x)
+        n = x.nbytes // 8
+        values = [x, y, self.memory, self.rank, self.world, n, self.room, int(gather), self.state]
+        function = _function("exchange", (f"BF16={int(x.dtype == torch.bfloat16)}",), x.device)
+        _launch(function, (-(-n // EXCHANGE_THREADS), 1), EXCHANGE_THREADS, 0, values, x.device)
+        return y
+
+    def supports(self, x: Tensor) -> bool:
+        """Whether x can be exchanged: whole pieces of 8 bytes, of a dtype that is summed, and no more than fits."""
+        aligned = not x.is_contiguous() or x.data_ptr() % 8 == 0
+        return x.dtype in (torch.bfloat16, torch.float32) and x.nbytes % 8 == 0 < x.nbytes <= self.limit and aligned
+
+
+def has_nvrtc(device: torch.device) -> bool:
+    """Whether kernels can be compiled for a device here."""
+    return device.type == "cuda" and torch.version.cuda is not None and _libraries() is not None
+
+
 TURNS = 64  # counters of tiles: kernels that overlap have different ones
 _turns = itertools.count()
 
@@ -206,6 +245,12 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL] | None:
 
 
 @functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends: programmatic dependent launch, since Hopper."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -259,14 +304,14 @@ def _argument(value):
 
 
 def _launch(function: ctypes.c_void_p, grid: tuple[int, int], threads: int, shared: int, values: list, device) -> None:
-    """Launch a kernel that may start while the one before it ends, on `shared` bytes of shared memory a block."""
+    """Launch a kernel that may start while the one before it ends, with `shared` bytes of shared memory a block."""
     values = [_argument(v) for v in values]
     parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
     attribute = _Attribute(id=6)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value[0] = 1
     config = _Config(
         grid=(*grid, 1), block=(threads, 1, 1), shared=shared, stream=torch.cuda.current_stream(device).cuda_stream,
-        attributes=ctypes.pointer(attribute), n_attributes=1,
+        attributes=ctypes.pointer(attribute), n_attributes=int(_overlaps(device)),
     )  # fmt: skip
     with torch.cuda.device(device):
         _check(_libraries()[1].cuLaunchKernelEx(ctypes.byref(config), function, parameters, None), "cuLaunchKernelEx")

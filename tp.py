@@ -49,7 +49,7 @@ PLAN = {
 }
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # ranks compile and autotune apart; deaths are noticed otherwise
 CONTROL_TIMEOUT = datetime.timedelta(days=30)  # ranks wait for what rank 0 reads from a terminal
-ONE_SHOT_LIMIT = 1 << 20  # bytes: the largest all-reduce that the one-shot kernel is tried on
+EXCHANGE_LIMIT = 1 << 18  # bytes: the largest tensor that is tried without NCCL
 
 
 # ----------------------------------------------------------------------------------------------------- the ranks
@@ -63,7 +63,8 @@ class Ranks:
     def __init__(self, rank: int, world: int, local_rank: int, all_reduce: str = "auto"):
         self.rank, self.world, self.local_rank = rank, world, local_rank
         self.mode = all_reduce
-        self.one_shot: dict[torch.dtype, Tensor] = {}  # symmetric buffers of the dtypes for which they pay
+        self.exchange: Callable | None = None  # another way than NCCL, and up to how many elements it is faster
+        self.exchanged: dict[torch.dtype, int] = {}
         with ended_by_signals():
             self.control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         self.library = _register_operators()
@@ -390,10 +391,12 @@ def _all_reduce(x: Tensor) -> Tensor:
         y = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(y)
         return y.to(x.dtype)
-    buffer = _ranks.one_shot.get(x.dtype)
-    if buffer is not None and x.numel() <= buffer.numel() and x.nbytes % 16 == 0:
-        return _one_shot(x, buffer)
-    return _nccl(x)
+    return _ranks.exchange(x) if _exchanges(x) else _nccl(x)
+
+
+def _exchanges(x: Tensor) -> bool:
+    """Whether x goes another way than NCCL."""
+    return x.numel() <= _ranks.exchanged.get(x.dtype, 0) and _ranks.exchange.supports(x)
 
 
 def _nccl(x: Tensor) -> Tensor:
@@ -407,26 +410,18 @@ def _all_gather(x: Tensor) -> Tensor:
         y = x.new_empty(_ranks.world, *x.shape)
         dist.all_gather(list(y.unbind()), x.contiguous())
         return y
-    buffer = _ranks.one_shot.get(x.dtype)
-    if buffer is not None and x.numel() * _ranks.world <= buffer.numel():  # a sum of zeros and one value
-        y = x.new_zeros(_ranks.world, *x.shape)
-        y[_ranks.rank] = x
-        return _all_reduce(y)
+    if _exchanges(x):
+        return _ranks.exchange(x, gather=True)
     y = x.new_empty(_ranks.world, *x.shape)
     dist.all_gather_into_tensor(y, x.contiguous())
     return y
 
 
-def _one_shot(x: Tensor, buffer: Tensor) -> Tensor:
-    """Every rank copies x to where the others can read it over NVLink, waits for them, and sums all: one kernel."""
-    shared = buffer[: x.numel()].view(x.shape)
-    return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x.contiguous(), "sum", dist.group.WORLD.group_name)
+def choose_all_reduce(width: int, dtype: torch.dtype, device: torch.device, make: Callable | None) -> None:
+    """Measure NCCL against an exchange of words for 1 to 16 rows of `width`, and take what is faster from now on.
 
-
-def choose_all_reduce(width: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Measure NCCL against the one-shot kernel for 1 to 16 rows of `width`, and take what is faster from now on.
-
-    In `dtype`, for activations, and in float32, for what sampling gathers. Nothing to choose on a CPU, in float16, or
+    In `dtype`, for activations, and in float32, for what sampling gathers. make(words, addresses, rank) -> what is
+    called as kernels_cuda.Exchange is; None: there is no such thing here. Nothing to choose on a CPU, in float16, or
     with --all_reduce nccl. Collective: every rank calls it, before any CUDA graph is captured, and rank 0's measurement
     decides for all.
     """
@@ -436,43 +431,51 @@ def choose_all_reduce(width: int, dtype: torch.dtype, device: torch.device) -> N
     others = [i for i in range(ranks.world) if i != ranks.local_rank]
     one_machine = len(set(ranks.gather(socket.gethostname()))) == 1
     linked = one_machine and all(torch.cuda.can_device_access_peer(ranks.local_rank, i) for i in others)
-    if not all(ranks.gather(linked)):
+    if not all(ranks.gather(linked and make is not None)):
         return
-    for kind in sorted({dtype, torch.float32} - {torch.float16, *ranks.one_shot}, key=str):  # alike on all ranks
-        buffer, reason = None, "its sums differ from NCCL's or between ranks"
+    if ranks.exchange is None:
+        exchange, reason = None, "its sums differ from NCCL's or between ranks"
         try:
-            buffer = _one_shot_buffer(kind, device)
+            exchange = _make_exchange(make, device)
         except (RuntimeError, AttributeError, ImportError) as error:  # no peer access, an older PyTorch
             reason = str(error).splitlines()[0]
-        if not all(ranks.gather(buffer is not None)):
+        if not all(ranks.gather(exchange is not None)):
             if ranks.rank == 0:
                 print(f"tp: NCCL reduces; symmetric memory cannot be used here: {reason}", file=sys.stderr)
             return
-        best = 0
+        ranks.exchange = exchange
+    for kind in sorted({dtype, torch.float32} - {torch.float16, *ranks.exchanged}, key=str):  # alike on all ranks
+        ranks.exchanged[kind] = 0
         for rows in (1, 2, 4, 8, 16):
             x = torch.ones(rows * width, dtype=kind, device=device)
-            if x.nbytes > ONE_SHOT_LIMIT:
+            if not ranks.exchange.supports(x):
                 break
-            ours, nccl = _seconds(functools.partial(_one_shot, buffer=buffer), x), _seconds(_nccl, x)
-            if not ranks.agree(ours < nccl):
+            # In turn and twice: something else may have kept the machine busy.
+            ours, nccl = zip(*((_seconds(ranks.exchange, x), _seconds(_nccl, x)) for _ in range(2)), strict=True)
+            if not ranks.agree(min(ours) < min(nccl)):
                 break
-            best = x.numel()
-        if best:
-            ranks.one_shot[kind] = buffer[:best]
+            ranks.exchanged[kind] = x.numel()
 
 
-def _one_shot_buffer(dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """Memory that all ranks can read; None where sums through it are wrong, or not the same bits on every rank."""
+def _make_exchange(make: Callable, device: torch.device) -> Callable | None:
+    """An exchange through memory that all ranks can write to; None where its sums are wrong, or not alike on all."""
     import torch.distributed._symmetric_memory as symm_mem
 
-    buffer = symm_mem.empty(ONE_SHOT_LIMIT // dtype.itemsize, dtype=dtype, device=device)
-    symm_mem.rendezvous(buffer, dist.group.WORLD)
-    exact = torch.randint(-8, 8, (4096,), device=device).to(dtype)  # sums of small integers have no rounding
-    works = torch.equal(_one_shot(exact, buffer), _nccl(exact))
-    noise = _one_shot(torch.randn(4096, device=device).to(dtype), buffer)  # experts are chosen by such sums
-    every = torch.empty(_ranks.world, 4096, dtype=dtype, device=device)
-    dist.all_gather_into_tensor(every, noise)
-    return buffer if works and bool((every == noise).all()) else None
+    words = symm_mem.empty(4 * _ranks.world * EXCHANGE_LIMIT // 8, dtype=torch.int64, device=device)
+    addresses = symm_mem.rendezvous(words, dist.group.WORLD).buffer_ptrs
+    words.zero_()
+    torch.cuda.synchronize()
+    _ranks.barrier()  # nobody writes before all are zero
+    exchange = make(words, addresses, _ranks.rank)
+    works = True
+    for dtype in (torch.bfloat16, torch.float32):
+        exact = torch.randint(-8, 8, (4096,), device=device).to(dtype)  # sums of small integers have no rounding
+        noise = exchange(torch.randn(4096, device=device).to(dtype))  # experts are chosen by such sums
+        every = torch.empty(_ranks.world, 4096, dtype=dtype, device=device)
+        dist.all_gather_into_tensor(every, noise)
+        same = bool((every == noise).all()) and torch.equal(exchange(noise, gather=True), every)
+        works = works and torch.equal(exchange(exact), _nccl(exact)) and same
+    return exchange if works else None
 
 
 def _seconds(work: Callable[[Tensor], Tensor], x: Tensor, calls: int = 50) -> float:

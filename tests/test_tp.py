@@ -360,7 +360,7 @@ def test_only_slices_are_read(directories, monkeypatch):
     read, original = [], Weights.read
     monkeypatch.setattr(Weights, "read", lambda *a, **k: read.append(original(*a, **k)) or read[-1])
     monkeypatch.setattr(Weights, "__getitem__", lambda *a: pytest.fail("a whole tensor was read"))
-    fake = types.SimpleNamespace(rank=1, world=4, check_same=lambda *a: None, one_shot={})
+    fake = types.SimpleNamespace(rank=1, world=4, check_same=lambda *a: None, exchanged={})
     monkeypatch.setattr(tp, "_ranks", fake)
     for name in ("wide", "mixtral-converted", "qwen3_moe", "stored-int4"):
         read.clear()
@@ -374,7 +374,7 @@ def test_mistakes_in_shapes_are_told(directories, monkeypatch, tmp_path):
     config = json.loads((directories["llama"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
     (tmp_path / "model.safetensors").symlink_to(directories["llama"] / "model.safetensors")
-    fake = types.SimpleNamespace(rank=0, world=2, check_same=lambda *a: None, one_shot={})
+    fake = types.SimpleNamespace(rank=0, world=2, check_same=lambda *a: None, exchanged={})
     monkeypatch.setattr(tp, "_ranks", fake)
     with pytest.raises(ValueError, match="config.json implies"):
         load_model(tmp_path, "cpu", torch.float32)
