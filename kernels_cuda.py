@@ -201,7 +201,10 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
     stage = TILE_ROWS * chunk + (TILE_ROWS * chunk * 8 // group if kind == 3 else 0) + 24
     in_chunk = chunk * COLUMNS[kind] // 128  # columns
     chunks = -(-K // in_chunk)
-    rounds = N // (TILE_ROWS // (2 if pairs else 1) * _multiprocessors(device))
+    step, blocks = TILE_ROWS // (2 if pairs else 1), _multiprocessors(device)
+    rounds = N // (step * blocks)
+    # An even share of what does not go round is better where it spares each block half of a tile.
+    dynamic = rounds >= 4 or (rounds > 0 and -(-(N % (step * blocks)) // blocks) > 8)
     plans = []
     for panels in range(1, chunks + 1):
         columns = -(-chunks // panels) * in_chunk
@@ -213,7 +216,7 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
         base = x + units + parts + totals + 32
         stages = min(MAX_STAGES[kind] * 2048 // chunk, (most - base) // stage)
         if columns * (panels - 1) < K:  # the last panel is not empty
-            plans.append(Plan(chunk, room, warps, stages, panels, panels == 1 and rounds >= 4, base + stages * stage))
+            plans.append(Plan(chunk, room, warps, stages, panels, panels == 1 and dynamic, base + stages * stage))
     return max(plans, key=lambda plan: (min(plan.stages, 4 * 2048 // chunk), -plan.panels, plan.stages))
 
 

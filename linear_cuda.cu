@@ -130,12 +130,9 @@ __device__ __forceinline__ void send(Ring ring, const TensorMap& w, const Tensor
     int sent = 0;
     for (int panel = 0; panel < panels; panel++) {
         const int first = panel * a_panel, count = min(a_panel, chunks - first);
-        int ticket = blockIdx.x;
-        for (int i = 0;; i++) {
-            Tile tile = taken ? Tile{ticket * step, (short)max(min(step, N - ticket * step), 0)} : tile_at(i, N, step);
+        const auto send_tile = [&](Tile tile) {  // whether there was one
             const int second = pairs ? N + tile.n : tile.n + 8;
             const bool both = tile.rows && (pairs || tile.rows > 8);
-            if (taken && tile.rows) ticket = gridDim.x + atomicAdd(taken, 1);
             // Neighbours go round a row from different chunks on: together they read all memory channels. And a tile's sums
             // are the same, whoever takes it.
             tile.chunk = tile.n / step % count;
@@ -158,7 +155,20 @@ __device__ __forceinline__ void send(Ring ring, const TensorMap& w, const Tensor
                     if (both) copy(to + 2 * HALF + BOXES * 256, &scale_zero, second, (first + chunk) * BOXES, barrier);
                 }
             }
-            if (!tile.rows) break;
+            return tile.rows != 0;
+        };
+        if (!taken) {
+            for (int i = 0; send_tile(tile_at(i, N, step)); i++);
+            continue;
+        }
+        // Tickets are on their way while the tile before is sent for.
+        const auto at_ticket = [&](int i) { return Tile{i * step, (short)max(min(step, N - i * step), 0)}; };
+        const int blocks = gridDim.x;
+        for (int even = blockIdx.x, odd = even + blocks;;) {
+            if (!send_tile(at_ticket(even))) break;
+            even = 2 * blocks + atomicAdd(taken, 1);
+            if (!send_tile(at_ticket(odd))) break;
+            odd = 2 * blocks + atomicAdd(taken, 1);
         }
     }
     if (taken && atomicAdd(taken + 1, 1) == gridDim.x - 1) taken[0] = taken[1] = 0;
