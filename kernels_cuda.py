@@ -66,7 +66,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     """`kernels.linear_reference` for what `supports` accepts: x bf16 [..., K] -> bf16 [..., N].
 
     Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative to the largest of 128 columns, or of 32;
-    fp8 ones below 2^68. x may still be on its way from the kernel before this one. Raises RuntimeError where the driver
+    fp8 ones as fp16, relative to the largest of 128. x may still be on its way from the kernel before this one. Raises RuntimeError where the driver
     or the compiler reports an error.
     """
     K = x.shape[-1]
@@ -210,7 +210,7 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
         columns = -(-chunks // panels) * in_chunk
         row, bank = 2 * columns if kind < 2 else columns, 32 if kind == 3 else 16
         x = (M if kind < 2 else 2 * M) * (row + (bank - row) % 128)
-        units = (0, 0, M * columns // 128 * 4, M * columns // 32 * 8)[kind]
+        units = (0, M * columns // 128 * 4, M * columns // 128 * 4, M * columns // 32 * 8)[kind]
         parts = 2 * warps * TILE_ROWS * room * 4
         totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
         base = x + units + parts + totals + 32

@@ -9,8 +9,9 @@
 // care about the order of columns of W, so that each thread takes 16 neighbouring bytes of a row, and x lies in shared
 // memory in the order that this gives; where x is too large, a panel of its columns at a time. int8 and int4 are
 // multiplied as integers, which saves turning them into floats: x becomes 15-bit integers relative to the largest of
-// its 128 neighbours (int4: 32), two digits of 8 bits, each a column of its own. One last warp adds up what these warps
-// leave for a tile of 16 rows, and stores it, while they are at the next one.
+// its 128 neighbours (int4: 32), two digits of 8 bits, each a column of its own. fp8 becomes fp16, and so does
+// x, relative to the largest of 128; or bf16. One last warp adds up what these warps leave for a tile of
+// 16 rows, and stores it, while they are at the next one.
 //
 // Set at compilation: KIND (0 bf16, 1 fp8 e4m3, 2 int8, 3 int4), GROUP (of int4, else any), ROOM (rows of x it has
 // room for), CHUNK. Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor, mbarrier, griddepcontrol).
@@ -24,13 +25,15 @@ constexpr int WARPS = ROOM == 1 || CHUNK < 2048 ? 8 : 16, THREADS = WARPS * 32; 
 constexpr int ROWS = 16, HALF = 8 * CHUNK;         // rows of W in a stage, and bytes of eight of them
 constexpr int BLOCKS = CHUNK / 128 / WARPS;         // of 128 bytes of a chunk, that are a warp's
 constexpr bool FLOAT = KIND < 2;
-constexpr int CHAINS = KIND == 1 ? 4 : 2;          // of products that wait for one another
+// fp8 as fp16 takes one instruction where bf16 takes three, but x then needs exponents, which of 8 rows cost more.
+constexpr bool FP16 = KIND == 1 && ROOM < 8, EXPONENTS = FP16 || !FLOAT;
+constexpr int CHAINS = 2;                          // of products that wait for one another
 constexpr int TILES = !FLOAT && ROOM > 4 ? 2 : 1;  // of 8 columns: a row of x is two of them, if it is integers
 constexpr int BOXES = KIND == 3 ? CHUNK * 2 / GROUP / 8 : 0;  // of 8 scales and zeros for 8 rows of W
 constexpr int STAGE = 2 * HALF + 2 * BOXES * 256;
 constexpr int FLIGHT = 4096 / CHUNK;               // stages that are sent for at a time: 64 KB keep a share of the bus busy
 constexpr int X_BANK = KIND == 3 ? 32 : 16;        // a pitch that spreads what a warp reads at once over all banks
-constexpr int SPAN = KIND == 3 ? 32 : 128;         // columns of integer x that share an exponent
+constexpr int SPAN = KIND == 3 ? 32 : 128;         // columns of x that share an exponent, unless it stays bf16
 // int4: with few rows of x, several blocks of 32 columns get columns of their own in one accumulator.
 constexpr int PLANES = KIND != 3 ? 8 : ROOM >= 4 ? 8 : 2 * ROOM, SLOTS = 8 / PLANES, BATCHES = KIND == 3 ? 8 / SLOTS : 1;
 
@@ -93,10 +96,27 @@ __device__ __forceinline__ void mma(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 
             : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Four e4m3 as two pairs of bf16, bytes (1, 3) and (0, 2), times 2^-120: their bits moved to bf16's places.
-__device__ __forceinline__ void unpack_fp8(u32 q, u32& odd, u32& even) {
-    odd = (q & 0x80008000) | ((q >> 4) & 0x07F007F0);
-    even = ((q << 8) & 0x80008000) | ((q << 4) & 0x07F007F0);
+__device__ __forceinline__ void mma_fp8(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    if (!FP16) return mma(c, a0, a1, a2, a3, b0, b1);
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Four e4m3 as two pairs: fp16 of bytes (0, 1) and (2, 3); or bf16 of bytes (1, 3) and (0, 2), times 2^-120, their bits
+// moved to bf16's places.
+__device__ __forceinline__ void unpack_fp8(u32 q, u32& first, u32& second) {
+    if (FP16) {
+        asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+            : "=r"(first), "=r"(second) : "r"(q));
+    } else {
+        first = (q & 0x80008000) | ((q >> 4) & 0x07F007F0);
+        second = ((q << 8) & 0x80008000) | ((q << 4) & 0x07F007F0);
+    }
+}
+__device__ __forceinline__ u32 two_fp16(float low, float high) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
 }
 
 __device__ __forceinline__ float activated(float v, int activation) {
@@ -222,7 +242,7 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
                         continue;
                     }
                 }
-                if (KIND == 1) value *= 1152921504606846976.0f;
+                if (KIND == 1 && !FP16) value *= 1152921504606846976.0f;
                 value = value * s + b;
                 const float up = __shfl_down_sync(~0u, value, 8);
                 if (pairs) value = activated(value, activation) * up;
@@ -251,7 +271,7 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
             if (KIND == 0) raw[j] = two_bf16(a[2 * j], a[2 * j + 1]);
         }
     }
-    if constexpr (FLOAT) {
+    if constexpr (!EXPONENTS) {
         #pragma unroll
         for (int p = 0; p < PIECES; p++) {
             const float* b = a + 8 * p;
@@ -265,33 +285,45 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
         }
     } else {
         constexpr int LANES = SPAN / 8 / PIECES;  // that share an exponent
+        constexpr int BITS = KIND == 1 ? 14 : 13;
         float top = 0;
         #pragma unroll
         for (int j = 0; j < 8 * PIECES; j++) top = max_nan(top, fabsf(a[j]));
         for (int d = 1; d < LANES; d *= 2) top = max_nan(top, __shfl_xor_sync(~0u, top, d));
-        // 2^e is the largest power of two among them, and the unit 2^(e - 13)
+        // 2^e is the largest power of two among them, and the unit 2^(e - BITS)
         u32 e = max(__float_as_uint(top) & 0x7F800000, 0x20000000);
-        float up = __uint_as_float((127 + 13) * 0x00800000u - (e - 127 * 0x00800000u));
-        float unit = top < __uint_as_float(0x7F800000) ? __uint_as_float(e - 13 * 0x00800000u) : __uint_as_float(0x7FC00000);
-        // Adding 1.5 * 2^23 leaves an integer in the mantissa. With 0x8080 more, both of its bytes are 128 too large: the
-        // low one is then 0 to 255, and flipping their highest bits makes both signed.
+        float up = __uint_as_float((127 + BITS) * 0x00800000u - (e - 127 * 0x00800000u));
+        float unit = top < __uint_as_float(0x7F800000) ? __uint_as_float(e - BITS * 0x00800000u) : __uint_as_float(0x7FC00000);
         u32 total = 0;
-        #pragma unroll
-        for (int p = 0; p < PIECES; p++) {
-            u32 q[8], digit[2][2];
+        if constexpr (KIND == 1) {
             #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                q[j] = __float_as_uint(fmaf(a[8 * p + j], up, 12582912.0f + 0x8080));
-                total += q[j];
+            for (int p = 0; p < PIECES; p++) {
+                const float* b = a + 8 * p;
+                if (valid)
+                    *(uint4*)(xs + m * x_pitch + (i * PIECES + p) * 16) =
+                        make_uint4(two_fp16(b[0] * up, b[1] * up), two_fp16(b[2] * up, b[3] * up),
+                                   two_fp16(b[4] * up, b[5] * up), two_fp16(b[6] * up, b[7] * up));
             }
+        } else {
+            // Adding 1.5 * 2^23 leaves an integer in the mantissa. With 0x8080 more, both of its bytes are 128 too large:
+            // the low one is then 0 to 255, and flipping their highest bits makes both signed.
             #pragma unroll
-            for (int word = 0; word < 2; word++) {
-                const int at = KIND == 3 ? word : 4 * word, by = KIND == 3 ? 2 : 1;  // int4: even columns, then odd ones
-                const u32 b = __byte_perm(q[at], q[at + by], 0x5410), c = __byte_perm(q[at + 2 * by], q[at + 3 * by], 0x5410);
-                digit[0][word] = __byte_perm(b, c, 0x6420) ^ 0x80808080, digit[1][word] = __byte_perm(b, c, 0x7531) ^ 0x80808080;
+            for (int p = 0; p < PIECES; p++) {
+                u32 q[8], digit[2][2];
+                #pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    q[j] = __float_as_uint(fmaf(a[8 * p + j], up, 12582912.0f + 0x8080));
+                    total += q[j];
+                }
+                #pragma unroll
+                for (int word = 0; word < 2; word++) {
+                    const int at = KIND == 3 ? word : 4 * word, by = KIND == 3 ? 2 : 1;  // int4: even columns, then odd ones
+                    const u32 b = __byte_perm(q[at], q[at + by], 0x5410), c = __byte_perm(q[at + 2 * by], q[at + 3 * by], 0x5410);
+                    digit[0][word] = __byte_perm(b, c, 0x6420) ^ 0x80808080, digit[1][word] = __byte_perm(b, c, 0x7531) ^ 0x80808080;
+                }
+                for (int d = 0; d < 2; d++)
+                    if (valid) *(uint2*)(xs + (2 * m + d) * x_pitch + (i * PIECES + p) * 8) = make_uint2(digit[d][0], digit[d][1]);
             }
-            for (int d = 0; d < 2; d++)
-                if (valid) *(uint2*)(xs + (2 * m + d) * x_pitch + (i * PIECES + p) * 8) = make_uint2(digit[d][0], digit[d][1]);
         }
         total -= 8 * PIECES * (0x4B400000u + 0x8080);
         if (KIND == 3)
@@ -319,7 +351,7 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
     const int step = pairs ? ROWS / 2 : ROWS;
     u8* xs = shared + stages * STAGE;
     float* units = (float*)(xs + (FLOAT ? M : 2 * M) * x_pitch);
-    float* parts = units + (FLOAT ? 0 : M * spans * (KIND == 3 ? 2 : 1));                // [2][WARPS][ROWS][ROOM]
+    float* parts = units + (EXPONENTS ? M * spans * (KIND == 3 ? 2 : 1) : 0);           // [2][WARPS][ROWS][ROOM]
     float* totals = parts + 2 * WARPS * ROWS * ROOM;                                     // [tiles][ROWS][ROOM]
     Tile* tile_of = (Tile*)(totals + (panels > 1 ? (N / (step * gridDim.x) + 1) * ROWS * ROOM : 0));  // by stage
     const u32 full = address(tile_of + stages), empty = full + stages * 8;
@@ -496,6 +528,7 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
                         }
                     } else {
                         int whole[TILES][4] = {};
+                        float part[CHAINS][4] = {};
                         #pragma unroll
                         for (int u = 0; u < 2; u++) {
                             const uint4 lo = w[i][2 * u], hi = w[i][2 * u + 1];
@@ -511,13 +544,13 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
                                     v[0] = *(const uint4*)(xs + g * x_pitch + 2 * byte);
                                     v[1] = *(const uint4*)(xs + g * x_pitch + 2 * byte + 16);
                                 }
-                                const u32 l[4] = {lo.x, lo.y, lo.z, lo.w}, h[4] = {hi.x, hi.y, hi.z, hi.w};
+                                const u32 lows[4] = {lo.x, lo.y, lo.z, lo.w}, highs[4] = {hi.x, hi.y, hi.z, hi.w};
                                 const u32 b[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
                                 #pragma unroll
                                 for (int j = 0; j < 4; j++) {
-                                    u32 l_odd, l_even, h_odd, h_even;
-                                    unpack_fp8(l[j], l_odd, l_even), unpack_fp8(h[j], h_odd, h_even);
-                                    mma(c[j % CHAINS], l_odd, h_odd, l_even, h_even, b[2 * j], b[2 * j + 1]);
+                                    u32 l[2], h[2];
+                                    unpack_fp8(lows[j], l[0], l[1]), unpack_fp8(highs[j], h[0], h[1]);
+                                    mma_fp8(part[j % CHAINS], l[0], h[0], l[1], h[1], b[2 * j], b[2 * j + 1]);
                                 }
                             } else {
                                 #pragma unroll
@@ -529,7 +562,13 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
                                 }
                             }
                         }
-                        if constexpr (KIND == 2) {
+                        if constexpr (KIND == 1) {
+                            #pragma unroll
+                            for (int j = 0; j < 4; j++) {
+                                const float unit = FP16 ? units[min(2 * t + j % 2, M - 1) * spans + at / 128] : 1;
+                                for (int n = 0; n < CHAINS; n++) c[n][j] += part[n][j] * unit;
+                            }
+                        } else if constexpr (KIND == 2) {
                             #pragma unroll
                             for (int o = 0; o < TILES; o++) {
                                 const float unit = units[min(t + 4 * o, M - 1) * spans + at / 128];
