@@ -142,6 +142,15 @@ def random_weights(args: ModelArgs, device: torch.device, dtype: torch.dtype) ->
         yield name, tensor + (1 - args.norm_offset) if name.endswith("norm.weight") else tensor
 
 
+def process_seconds() -> float | None:
+    """Seconds since this process began; None where the system does not tell (it is Linux that does)."""
+    try:
+        began = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]  # in clock ticks since the boot
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(began) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        return None
+
+
 def measure(
     model: Transformer,
     prompt_tokens: int = 5,
@@ -488,7 +497,10 @@ def main(
             if record_row:
                 record(row)
         return
+    torch.empty(1, device=device)  # wakes it up, which is part of a start; what is measured now is not
+    begin = time.perf_counter()
     peak = read_bandwidth(device)
+    aside = time.perf_counter() - begin
     print(f"{device_name(device)}: reads {peak:,.0f} GB/s (measured), torch {torch.__version__}")
     print(f"{'model':<16}{'mode':>9}{'batch':>6}{'GB':>8}{'tok/s':>9}{'step ms':>9}{'of peak':>9}{'first ms':>10}"
           f"{'compile s':>11}{'peak GB':>9}" + (f"{'ranks':>7}{'us a reduce':>13}{'of step':>9}{'against 1':>11}"
@@ -513,6 +525,7 @@ def main(
         model = build(name, recipe)
         synchronize(device)
         load_s = time.perf_counter() - begin
+        age = process_seconds()
         kind = f"int4 g{recipe['groupsize']}" if mode == "int4" else dtype_name if recipe is None else mode
         kind += f" kv {kv_dtype}" if kv_dtype else ""
         if draft or draft_shape:
@@ -538,6 +551,9 @@ def main(
                "new_tokens": new_tokens, "load_s": load_s,
                **measure(model, prompt_tokens, new_tokens, batch, temperature, top_k, not no_compile, runs),
                "read_bandwidth_gbs": peak, **circumstances(device)}  # fmt: skip
+        # From the start of the process to the first token, but for the making of random weights.
+        start_s = age and not rows and age - aside - load_s + (row["compile_s"] or 0) + row["ttft_s"]
+        row["start_s"] = start_s or None
         step = row["decode_step_ms"]
         row["percent_of_peak_bandwidth"] = step and 100 * row["weights_gb"] / step * 1e3 / peak
         rows.append(row)
@@ -557,6 +573,8 @@ def main(
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+    if rows and rows[0].get("start_s"):
+        print(f"from the start of the process to the first token: {rows[0]['start_s']:.1f} s, weights not counted")
     if json_line:
         print(json.dumps(rows[0] if len(rows) == 1 else {"rows": rows}))
 
