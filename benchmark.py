@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ from generate import (
 )
 from kernels import read_sum
 from model import ModelArgs, Transformer, pick_kv_dtype
-from speculative import MAX_K, Speculation, compile_step, kept_and_next
+from speculative import MAX_K, Speculation, compile_step, count_kept, kept_and_next
 from tables import fill_tables, one_gpu, read_rows, roofline
 from tokenizer import Tokenizer
 
@@ -221,11 +221,10 @@ class CoinSampler(Sampler):
         super().__init__(*settings)
         self.acceptance = acceptance
 
-    def verify(self, logits: Tensor, proposed: Tensor, probs: Tensor | None) -> Tensor:
+    def verify(self, logits: Tensor, proposed: Tensor, probs: Sequence[Tensor], noise: Tensor | None) -> Tensor:
         """As a Sampler's, with the coins' outcome."""
-        real = super().verify(logits, proposed, probs)
-        coins = torch.rand(proposed.shape, device=proposed.device) < self.acceptance
-        count = coins.long().cumprod(1).sum(1, keepdim=True)
+        real = super().verify(logits, proposed, probs, noise)
+        count = count_kept(torch.rand(proposed.shape, device=proposed.device) < self.acceptance)
         # Of the real outcome what can be used is, so that no compiler leaves the work out.
         following = torch.where(real >= 0, real, real[:, :1]).gather(1, count)
         return kept_and_next(proposed, count, following)
