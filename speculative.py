@@ -190,11 +190,13 @@ class Statistics:
         # By position, rows that proposed a token there; those of them that kept all before it; and that kept it, too.
         self.proposed, self.reached, self.kept = [0] * k, [0] * k, [0] * k
         self.seconds = {"draft": 0.0, "verify": 0.0, "plain": 0.0}
+        self.catching_up = 0.0  # the part of the draft's seconds that is not of a step, but after the prompt
 
     def add(self, k: int, seconds: Sequence[float], rows: int, tokens: int, kept: Sequence[int]) -> None:
         """A step at k: seconds to catch up, propose and verify (or decode); rows that ran; tokens they got and kept."""
         self.steps, self.rows, self.tokens = self.steps + 1, self.rows + rows, self.tokens + tokens
         self.seconds["draft"] += seconds[0] + seconds[1]
+        self.catching_up += seconds[0]
         self.seconds["verify" if k else "plain"] += seconds[2]
         for n in kept:
             for j in range(k):

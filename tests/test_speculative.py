@@ -600,6 +600,7 @@ def test_statistics(tiny):
     assert summary["steps"] == 4 and summary["tokens_per_step"] == 5  # the first token is the prefill's
     assert summary["acceptance"] == 1 and summary["acceptance_by_position"] == [1.0] * 4
     assert 0 < summary["draft_share_of_time"] < 1 and summary["plain_share_of_time"] == 0
+    assert 0 < how.statistics.catching_up < how.statistics.seconds["draft"]
     columns(generate(model, [tokens(5)], 1, Sampler(), speculation=how))
     assert how.statistics.summary()["tokens_per_step"] is None
     how = speculation(3, perturbed(tiny(), tiny, 0.05))
