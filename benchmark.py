@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ from generate import (
 )
 from kernels import read_sum
 from model import ModelArgs, Transformer, pick_kv_dtype
-from speculative import MAX_K, Speculation, compile_step, kept_and_next
+from speculative import MAX_K, Speculation, compile_step, count_kept, kept_and_next
 from tables import fill_tables, one_gpu, read_rows, roofline
 from tokenizer import Tokenizer
 
@@ -230,11 +230,10 @@ class CoinSampler(Sampler):
         super().__init__(*settings)
         self.acceptance = acceptance
 
-    def verify(self, logits: Tensor, proposed: Tensor, probs: Tensor | None) -> Tensor:
+    def verify(self, logits: Tensor, proposed: Tensor, probs: Sequence[Tensor], noise: Tensor | None) -> Tensor:
         """As a Sampler's, with the coins' outcome."""
-        real = super().verify(logits, proposed, probs)
-        coins = torch.rand(proposed.shape, device=proposed.device) < self.acceptance
-        count = coins.long().cumprod(1).sum(1, keepdim=True)
+        real = super().verify(logits, proposed, probs, noise)
+        count = count_kept(torch.rand(proposed.shape, device=proposed.device) < self.acceptance)
         # Of the real outcome what can be used is, so that no compiler leaves the work out.
         following = torch.where(real >= 0, real, real[:, :1]).gather(1, count)
         return kept_and_next(proposed, count, following)
@@ -268,8 +267,10 @@ def measure_speculation(
 ) -> dict:  # fmt: skip
     """Plain and speculative decoding of one model in one process -> speeds, and where a speculative step's time goes.
 
-    verify_cost_T: a forward of T tokens over one of one token. other_ms: what a speculative step takes beyond the
-    forwards of draft and target: sampling, acceptance, bookkeeping, launches. acceptance: forced; None: as it comes.
+    tok_s, plain_tok_s, speedup: as measure's, prefill included. step_ms: from the first token, which prefill gives, to
+    the last, without the draft's catching up with the prompt, by steps; draft_ms: of which proposing. verify_cost_T: a
+    forward of T tokens over one of one token. other_ms: what a speculative step takes beyond the forwards of draft and
+    target: sampling, acceptance, bookkeeping, launches. acceptance: forced; None: as it comes.
     """
     settings = (prompt_tokens, new_tokens, batch, temperature, top_k, compile, runs)
     plain = measure(model, *settings)
@@ -279,8 +280,8 @@ def measure_speculation(
     took, stats = [], []
     ours = measure(model, *settings, sampler=sampler, speculation=how,
                    after=lambda seconds: (took.append(seconds), stats.append(how.statistics)))  # fmt: skip
-    steps = sum(s.steps for s in stats)
-    step_ms = 1e3 * statistics.median(seconds / s.steps for seconds, s in zip(took, stats, strict=True))
+    steps, all_took = sum(s.steps for s in stats), zip(took, stats, strict=True)
+    step_ms = 1e3 * statistics.median((seconds - s.catching_up) / s.steps for seconds, s in all_took)
     context = prompt_tokens + new_tokens // 2
     target_ms = {T: pass_ms(model, T, batch, context, compile) for T in sorted({1, 5, 8, k + 1})}
     draft_ms = {T: pass_ms(draft, T, batch, context, compile) for T in (1, 2)}
@@ -300,7 +301,7 @@ def measure_speculation(
         "verify_cost_8": target_ms[8] / target_ms[1],
         "draft_pass_ms": draft_ms[1],
         "other_ms": step_ms - target_ms[k + 1] - draft_ms[2] - (k - 1) * draft_ms[1],
-        "draft_ms": 1e3 * sum(s.seconds["draft"] for s in stats) / steps,
+        "draft_ms": 1e3 * sum(s.seconds["draft"] - s.catching_up for s in stats) / steps,
         "compile_s": ours["compile_s"],
         "weights_gb": plain["weights_gb"],
         "draft_weights_gb": weight_bytes(draft) / 1e9,

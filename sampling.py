@@ -147,39 +147,41 @@ class Sampler(nn.Module):
         """Whether a distribution is a list of the few tokens that it can draw, rather than a number for each token."""
         return self.top_k is not None and self.top_k <= kernels.MAX_TOP_K
 
-    def shape(self, vocab: int) -> tuple[int, ...] | None:
-        """The shape of a row of the distributions that `draw` returns, over so many tokens; None if greedy."""
+    def parts(self, vocab: int) -> list[tuple[int, torch.dtype]]:
+        """(n, dtype) of what tells a row's distribution over so many tokens, as `draw` returns it; none if greedy."""
         if self.temperature == 0:
-            return None
-        return (2, min(self.top_k, vocab)) if self.lists else (vocab,)
+            return []
+        n = min(self.top_k, vocab) if self.lists else vocab
+        return [(n, torch.float32), (n, torch.int64)][: 1 + self.lists]
 
-    def draw(self, logits: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A draft's logits [B, V'] -> (token ids [B, 1], the distribution they come from, float32; None if greedy).
+    def draw(self, logits: Tensor, seen: Tensor | None, noise: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """A draft's logits [B, V'] -> (token ids [B, 1], the distribution they come from).
 
-        The distribution is [B, V'], or with a small top_k [B, 2, n]: probabilities, and their token ids as floats, in
-        which numbers below 2^24 are exact. seen: a copy of this sampler's memory, to which the tokens are added; None
-        without a penalty.
+        The distribution is its parts: probabilities, float32 [B, V'], or with a small top_k [B, n] and their token ids.
+        seen: a copy of this sampler's memory, to which the tokens are added; None without a penalty. noise: as of
+        `sample`, [B, n] at least.
         """
         if seen is not None:
             logits = self.penalized(logits, seen[:, : logits.shape[-1]])
         if self.temperature == 0:
-            token, probs = logits.argmax(-1, keepdim=True), None
+            token, probs = logits.argmax(-1, keepdim=True), []
         else:
             weights, ids = filtered(logits, self.temperature, self.top_k, self.top_p, self.min_p)
-            token = race(weights)
+            token = race(weights, noise)
             token = token if ids is None else ids.gather(-1, token)
             if self.lists:
-                probs = torch.stack([normalized(weights), ids.float()], 1)
+                probs = [normalized(weights), ids]
             else:
-                probs = spread(weights, ids, logits.shape[-1])
+                probs = [spread(weights, ids, logits.shape[-1])]
         if seen is not None:
             seen.scatter_(1, token, True)
         return token, probs
 
-    def verify(self, logits: Tensor, proposed: Tensor, probs: Tensor | None) -> Tensor:
+    def verify(self, logits: Tensor, proposed: Tensor, probs: Sequence[Tensor], noise: Tensor | None) -> Tensor:
         """The target's logits [B, k + 1, V] at proposed [B, k] -> tokens [B, k + 1] as `accept` returns them.
 
-        probs [B, k, ...]: what `draw` says they were drawn from; None: they were not drawn.
+        probs: the parts [B, k, n] of what `draw` says they were drawn from; none: they were not drawn. noise:
+        exponential, float32 [B, k + n], n as of the target's `parts`; None if greedy.
         """
         if self.penalty != 1:  # each position has seen the proposals before it, too
             seen = [self.seen]
@@ -191,11 +193,14 @@ class Sampler(nn.Module):
         else:
             rule = (self.temperature, self.top_k, self.top_p, self.min_p)
             weights, ids = filtered(logits.flatten(0, 1), *rule)
+            k = proposed.shape[1]
+            coins, noise = noise[:, :k].neg().exp(), noise[:, k:]  # e to the minus exponential noise is uniform
             if self.lists:
                 target = normalized(weights).view(*logits.shape[:2], -1), ids.view(*logits.shape[:2], -1)
-                tokens = accept_listed(*target, *((None, None) if probs is None else probs.unbind(2)), proposed)
+                tokens = accept_listed(*target, *(probs or (None, None)), proposed, coins, noise)
             else:
-                tokens = accept(spread(weights, ids, logits.shape[-1]).view(logits.shape), probs, proposed)
+                target = spread(weights, ids, logits.shape[-1]).view(logits.shape)
+                tokens = accept(target, probs[0] if probs else None, proposed, coins, noise)
         if self.penalty != 1:
             self.seen.scatter_(1, torch.where(tokens < 0, tokens[:, :1], tokens), True)
         return tokens

@@ -8,7 +8,7 @@ gives. Greedy decoding gives the same tokens as without. Caches roll back by pos
 accepted tokens are overwritten before anything attends to them.
 
 The file imports nothing of the repository. A model is a callable (tokens [B, T], input_pos [B, T], slots) -> logits
-[B, T, V] with `features` and `logits`, its two halves; a sampler has `seen`, `shape`, `draw` and `verify` (see
+[B, T, V] with `features` and `logits`, its two halves; a sampler has `seen`, `parts`, `draw` and `verify` (see
 sampling.Sampler). Shapes: B rows, k proposed tokens, T = k + 1 verified ones, V vocab.
 
 Sources: speculative sampling (arXiv 2211.17192, 2302.01318); prompt lookup decoding (github.com/apoorvumang).
@@ -46,64 +46,65 @@ def accept(
     Token i is kept with probability min(1, p / q); the first that is not is replaced by a draw from max(p - q, 0), and
     after k kept ones comes a draw from p (algorithm 1 of arXiv 2211.17192). Each row keeps its own number. Float32.
     """
-    B, k = draft_tokens.shape
-    p, V = target_probs.float(), target_probs.shape[-1]
-    p_token = p[:, :k].gather(-1, draft_tokens[..., None])[..., 0]
-    coins = torch.rand_like(p_token) if coins is None else coins
+    k, V = draft_tokens.shape[1], target_probs.shape[-1]
+    p, token = target_probs.float(), draft_tokens[..., None]
     if draft_probs is None:
-        kept = coins < p_token
+        q = (token == torch.arange(V, device=token.device)).float()
     else:
-        q = F.pad(draft_probs.float(), (0, V - draft_probs.shape[-1], 0, 1))  # nothing is proposed after the last
-        kept = coins * q[:, :k].gather(-1, draft_tokens[..., None])[..., 0] < p_token
-    count = kept.long().cumprod(1).sum(1, keepdim=True)  # [B, 1]
-
-    row = count[..., None].expand(B, 1, V)
-    after = p.gather(1, row)[:, 0]
-    if draft_probs is None:
-        # The rejected token itself; where all were kept, a position that no token is proposed at.
-        rejected = F.pad(draft_tokens, (0, 1)).gather(1, count)
-        rest = torch.where(count < k, after.scatter(1, rejected, 0), after)
-    else:
-        rest = (after - q.gather(1, row)[:, 0]).clamp_min(0)
-    # p and q alike but for rounding leave nothing, at odds of 1e-7; then p itself is the distribution.
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, after)
-    noise = torch.empty_like(rest).exponential_() if noise is None else noise
-    drawn = (rest / noise.clamp_min(1e-20)).argmax(-1, keepdim=True)  # an exponential race, as in sampling.sample
-    return kept_and_next(draft_tokens, count, drawn)
+        q = F.pad(draft_probs.float(), (0, V - draft_probs.shape[-1]))
+    coins = torch.rand(draft_tokens.shape, device=token.device) if coins is None else coins
+    noise = torch.empty_like(p[:, 0]).exponential_() if noise is None else noise
+    count = count_kept(coins * q.gather(-1, token)[..., 0] < p[:, :k].gather(-1, token)[..., 0])
+    return kept_and_next(draft_tokens, count, draw_rest(at(p, count), at(q, count), noise))
 
 
 def accept_listed(
-    p: Tensor,
-    ids: Tensor,
-    q: Tensor | None,
-    q_ids: Tensor | None,
-    draft_tokens: Tensor,
-    coins: Tensor | None = None,
-    noise: Tensor | None = None,
+    p: Tensor, ids: Tensor, q: Tensor | None, q_ids: Tensor | None, draft_tokens: Tensor, coins: Tensor, noise: Tensor
 ) -> Tensor:
     """`accept` where distributions list the few tokens that they can draw, as after a top-k, each token once.
 
     p float32 and ids int64 [B, k + 1, n]: the target's. q and q_ids [B, k, n']: the draft's, or None as draft_probs.
-    The target's lists are `accept`'s vocabulary, a different one at each position: a token is its place there, and n
-    where it is not in the list. Other tokens of the draft's do not matter, since max(p - q, 0) is 0 for them.
-    noise [B, n + 1].
+    Tokens that the draft alone lists do not matter, since max(p - q, 0) is 0 for them. noise [B, n].
     """
-    k, n = draft_tokens.shape[1], ids.shape[-1]
-    listed = ids[:, :k]
-    place = n - ((listed == draft_tokens[..., None]) * (n - torch.arange(n, device=ids.device))).sum(-1)
-    if q is not None:
-        same = listed[..., None] == q_ids[..., None, :]  # [B, k, n, n']
-        q = torch.where(same, q[..., None, :], 0).sum(-1)
-    out = accept(F.pad(p, (0, 1)), q, place, coins, noise)
-    tokens = F.pad(ids, (0, 1)).gather(-1, out.clamp_min(0)[..., None])[..., 0]
-    return torch.where(out < 0, -1, tokens)
+    # Sums over all k + 1 positions, though nothing is proposed after the last, share a kernel with what computes p.
+    token = F.pad(draft_tokens, (0, 1), value=-1)[..., None]
+    p_token = (p * (ids == token)).sum(-1)[:, :-1]
+    if q is None:
+        q_token, q, q_ids = 1, torch.ones_like(token[:, 1:], dtype=p.dtype), draft_tokens[..., None]
+    else:
+        q_token = (q * (q_ids == token[:, :-1])).sum(-1)
+    count = count_kept(coins * q_token < p_token)
+    listed = at(ids, count)
+    same = listed[..., None] == at(q_ids, count)[:, None]  # [B, n, n']
+    drawn = draw_rest(at(p, count), torch.where(same, at(q, count)[:, None], 0).sum(-1), noise)
+    return kept_and_next(draft_tokens, count, listed.gather(1, drawn))
 
 
 def accept_greedy(target_tokens: Tensor, draft_tokens: Tensor) -> Tensor:
     """`accept` at temperature 0: target_tokens int64 [B, k + 1] are the target's argmaxes. No probabilities."""
-    k = draft_tokens.shape[1]
-    count = (target_tokens[:, :k] == draft_tokens).long().cumprod(1).sum(1, keepdim=True)
+    count = count_kept(target_tokens[:, :-1] == draft_tokens)
     return kept_and_next(draft_tokens, count, target_tokens.gather(1, count))
+
+
+def count_kept(kept: Tensor) -> Tensor:
+    """How many are true before the first that is not: bool [B, k] -> int64 [B, 1]."""
+    k = kept.shape[1]
+    return torch.where(kept, k, torch.arange(k, device=kept.device)).amin(1, keepdim=True)
+
+
+def at(x: Tensor, position: Tensor) -> Tensor:
+    """x [B, T, n] at position [B, 1] of each row -> [B, n]; zeros beyond the last."""
+    T, n = x.shape[1:]
+    row = x.gather(1, position[..., None].clamp(max=T - 1).expand(-1, 1, n))[:, 0]
+    return torch.where(position < T, row, 0)
+
+
+def draw_rest(p: Tensor, q: Tensor, noise: Tensor) -> Tensor:
+    """Draw an index of each row with probability proportional to max(p - q, 0): [B, n] -> int64 [B, 1]."""
+    rest = (p - q).clamp_min(0)
+    # p and q alike but for rounding leave nothing, at odds of 1e-7; then p itself is the distribution.
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+    return (rest / noise.clamp_min(1e-20)).argmax(-1, keepdim=True)  # an exponential race, as in sampling.race
 
 
 def kept_and_next(draft_tokens: Tensor, count: Tensor, following: Tensor) -> Tensor:
@@ -139,29 +140,29 @@ def propose_lookup(
     return [following[i % period] for i in range(k)]
 
 
-def draft_one_token(model, tokens, input_pos, slots, sampler, seen, vocab: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Feed tokens [B, T] to the draft -> (a token [B, 1] below `vocab`, its position [B, 1], what it was drawn from).
+def draft_one_token(model, tokens, input_pos, slots, sampler, seen, vocab: int, noise: Tensor | None):
+    """Feed tokens [B, T] to the draft -> (a token [B, 1] below `vocab`, what it was drawn from).
 
-    The last is as the sampler's `draw` returns it. seen: the sampler's memory for the repetition penalty, or None.
+    The last is as the sampler's `draw` returns it. seen, the sampler's memory for the repetition penalty or None, and
+    noise are what it takes.
     """
     tokens = tokens.clamp(max=model.args.vocab_size - 1)  # what a smaller draft does not know is another token to it
     logits = model.logits(model.features(tokens, input_pos, slots)[:, -1:])[:, -1, :vocab]
-    token, probs = sampler.draw(logits, seen)
-    return token, input_pos[:, -1:] + 1, probs
+    return sampler.draw(logits, seen, noise)
 
 
-def verify_proposal(model, token, proposed, pos, last, slots, sampler, probs):
-    """Run token [B, 1] and proposed [B, k] at pos [B, k + 1] -> (tokens [B, k + 1], where the next step begins).
+def verify_proposal(model, tokens, pos, last, slots, sampler, probs, noise, out, state) -> None:
+    """Run tokens [B, k + 1], the last one and k proposed, at pos [B, k + 1]; leave what is kept and where that ends.
 
-    tokens: as `accept` returns them. The other is [3, B, 1]: the next step's token, the one before, and its position,
-    which goes no further than last [B, 1]. probs: as `draft_one_token` returns them, of each proposed token.
+    out, state: see Buffers; they are written in place, which a compiler makes part of the last kernels. last [B, 1]: as
+    far as a row's position may go. probs: as `draft_one_token` returns them, of each proposed token.
     """
-    tokens = torch.cat([token, proposed], 1)
-    logits = model(tokens, pos, slots)
-    out = sampler.verify(logits, proposed, probs)
-    count = (out >= 0).sum(1, keepdim=True)
-    position = torch.minimum(pos[:, :1] + count, last)
-    return out, torch.stack([out.gather(1, count - 1), tokens.gather(1, count - 1), position])
+    new = sampler.verify(model(tokens, pos, slots), tokens[:, 1:], probs, noise)
+    end = (new >= 0).sum(1, keepdim=True) - 1
+    which = torch.arange(2, device=pos.device)
+    two = torch.where(which == 0, tokens.gather(1, end), new.gather(1, end))
+    out.copy_(new)
+    state.copy_(torch.stack([two, torch.minimum(pos[:, :1] + end + which, last)]))
 
 
 def compile_step(step: Callable, slots_at: int) -> Callable:
@@ -189,11 +190,13 @@ class Statistics:
         # By position, rows that proposed a token there; those of them that kept all before it; and that kept it, too.
         self.proposed, self.reached, self.kept = [0] * k, [0] * k, [0] * k
         self.seconds = {"draft": 0.0, "verify": 0.0, "plain": 0.0}
+        self.catching_up = 0.0  # the part of the draft's seconds that is not of a step, but after the prompt
 
     def add(self, k: int, seconds: Sequence[float], rows: int, tokens: int, kept: Sequence[int]) -> None:
         """A step at k: seconds to catch up, propose and verify (or decode); rows that ran; tokens they got and kept."""
         self.steps, self.rows, self.tokens = self.steps + 1, self.rows + rows, self.tokens + tokens
         self.seconds["draft"] += seconds[0] + seconds[1]
+        self.catching_up += seconds[0]
         self.seconds["verify" if k else "plain"] += seconds[2]
         for n in kept:
             for j in range(k):
@@ -304,19 +307,20 @@ class Buffers:
 
     def __init__(self, B: int, device: torch.device):
         self.last = torch.zeros(B, 1, dtype=torch.int64, device=device)
-        self.state = torch.zeros(3, B, 1, dtype=torch.int64, device=device)
-        self.token, self.prev, self.pos = self.state
-        self.proposed: dict[int, Tensor] = {}  # k -> int64 [B, k]
-        self.probs: dict[int, Tensor | None] = {}  # k -> float32 [B, k, ...]
-        self.out: dict[int, Tensor] = {}  # k -> int64 [B, k + 1]
+        self.state = torch.zeros(2, B, 2, dtype=torch.int64, device=device)  # the last two tokens, and their positions
+        self.token, self.pos = self.state[..., 1:]
+        self.steps = torch.arange(MAX_K + 1, device=device)
+        self.tokens: dict[int, Tensor] = {}  # k -> int64 [B, k + 1]: the last token, and the proposed ones
+        self.probs: dict[int, list[Tensor]] = {}  # k -> what they were drawn from, each [B, k, n]
+        self.out: dict[int, Tensor] = {}  # k -> int64 [B, k + 1], as `accept` returns it
 
-    def make(self, k: int, shape: tuple[int, ...] | None) -> None:
-        """Room for k proposed tokens, and for their distributions of this shape."""
+    def make(self, k: int, parts: Sequence[tuple[int, torch.dtype]]) -> None:
+        """Room for k proposed tokens, and for their distributions of these parts."""
         B, device = len(self.token), self.token.device
-        if k not in self.out or shape != (None if self.probs[k] is None else tuple(self.probs[k].shape[2:])):
-            self.proposed[k] = torch.zeros(B, k, dtype=torch.int64, device=device)
+        if k not in self.out or parts != [(t.shape[-1], t.dtype) for t in self.probs[k]]:
+            self.tokens[k] = torch.zeros(B, k + 1, dtype=torch.int64, device=device)
             self.out[k] = torch.zeros(B, k + 1, dtype=torch.int64, device=device)
-            self.probs[k] = None if shape is None else torch.zeros(B, k, *shape, device=device)
+            self.probs[k] = [torch.zeros(B, k, n, dtype=dtype, device=device) for n, dtype in parts]
 
 
 class Step:
@@ -365,7 +369,7 @@ class Speculation:
         self.max_k = max(self.depths)
         self.forced: int | None = None  # a k that every step uses, match or not: for warming up
         self.draft_step = compile_step(draft_one_token, 3) if compile else draft_one_token
-        self.verify_step = compile_step(verify_proposal, 5) if compile else verify_proposal
+        self.verify_step = compile_step(verify_proposal, 4) if compile else verify_proposal
         self.graphed, self.graphs, self.buffers = compile, {}, {}
         self.cached: list[int] = []  # how many leading tokens of each row the draft's cache holds
         self.statistics = Statistics(self.max_k)
@@ -415,26 +419,28 @@ class Speculation:
         return self.pace.choose() if self.pace else self.max_k
 
     def propose(self, s: Buffers, k: int, slots: Tensor, sampler, vocab: int) -> None:
-        """k tokens of the draft, one after another, into s.proposed[k], and what they were drawn from.
+        """k tokens of the draft, one after another, into s.tokens[k], and what they were drawn from.
 
         The first pass feeds two tokens: when all of the last step's proposal was kept, the draft has not seen its end.
         """
         seen = None if sampler.seen is None else sampler.seen.clone()
-        tokens, pos = torch.cat([s.prev, s.token], 1), torch.cat([s.pos - 1, s.pos], 1)
-        drawn, probs = [], []
-        for _ in range(k):
-            tokens, pos, q = self.draft_step(self.draft, tokens, pos, slots, sampler, seen, vocab)
+        # What all passes need is made at once, since a kernel in each of them takes as long.
+        (tokens, pos), noise, drawn, probs = s.state, [None] * k, [s.token], []
+        later = s.pos + s.steps[:k, None, None]  # [k, B, 1]
+        if s.probs[k]:
+            noise = torch.empty(k, len(tokens), s.probs[k][0].shape[-1], device=tokens.device).exponential_()
+        for i in range(k):
+            pos = later[i] if i else pos
+            tokens, q = self.draft_step(self.draft, tokens, pos, slots, sampler, seen, vocab, noise[i])
             drawn.append(tokens)
             probs.append(q)
-        torch.cat(drawn, 1, out=s.proposed[k])
-        if s.probs[k] is not None:
-            torch.stack(probs, 1, out=s.probs[k])
+        torch.cat(drawn, 1, out=s.tokens[k])
+        for buffer, part in zip(s.probs[k], zip(*probs, strict=True), strict=True):
+            torch.stack(part, 1, out=buffer)
 
     def catch_up(self, s: Buffers, rows: Sequence[Sequence[int]], done: Sequence[bool]) -> None:
         """After the prompt or plain steps: bring `s` to the end of `rows`, and the draft's cache if it is behind."""
-        s.prev.copy_(torch.tensor([[row[-2]] for row in rows]))
-        s.token.copy_(torch.tensor([[row[-1]] for row in rows]))
-        s.pos.copy_(torch.tensor([[len(row) - 1] for row in rows]))
+        s.state.copy_(torch.tensor([[row[-2:] for row in rows], [[len(row) - 2, len(row) - 1] for row in rows]]))
         # A draft that lacks no more than the last two tokens is fed these by its next pass anyway.
         late = [c < len(row) - 2 for c, row, d in zip(self.cached, rows, done, strict=True) if not d]
         if self.draft is not None and any(late):
@@ -451,25 +457,26 @@ class Speculation:
         device = s.token.device
         real = [True] * len(s.token)
         vocab = model.args.vocab_size if self.draft is None else min(model.args.vocab_size, self.draft.args.vocab_size)
-        s.make(k, None if self.draft is None else sampler.shape(vocab))
+        s.make(k, [] if self.draft is None else sampler.parts(vocab))
         memory = [] if sampler.seen is None else [sampler.seen]
         key = (k, id(sampler), len(s.token), *(m.data_ptr() for m in memory), s.out[k].data_ptr())
         if self.draft is None:
             real = [p is not None for p in proposals]
-            s.proposed[k].copy_(torch.tensor([p or [0] * k for p in proposals]), non_blocking=True)
+            s.tokens[k][:, :1] = s.token
+            s.tokens[k][:, 1:].copy_(torch.tensor([p or [0] * k for p in proposals]), non_blocking=True)
         else:
             theirs = self.slots_for(self.draft, length + k)
             self.run(("draft", *key, *size(self.draft, theirs)),
-                     lambda: self.propose(s, k, theirs, sampler, vocab), [s.proposed[k]])  # fmt: skip
+                     lambda: self.propose(s, k, theirs, sampler, vocab), [s.tokens[k]])  # fmt: skip
         marks = [*marks, mark(device)]
         slots = self.slots_for(model, length + k)
+        parts = sampler.parts(model.args.vocab_size)
 
         def verify():
-            # Not in the compiled step: a compiler would compute them anew for each layer.
-            pos = s.pos + torch.arange(k + 1, device=device)
-            out, state = self.verify_step(model, s.token, s.proposed[k], pos, s.last, slots, sampler, s.probs[k])
-            s.out[k].copy_(out)
-            s.state.copy_(state)
+            # Not in the compiled step: a compiler would compute positions anew for each layer, and copy empty noise.
+            pos = s.pos + s.steps[: k + 1]
+            noise = torch.empty(len(pos), k + parts[0][0], device=device).exponential_() if parts else None
+            self.verify_step(model, s.tokens[k], pos, s.last, slots, sampler, s.probs[k], noise, s.out[k], s.state)
 
         self.run(("verify", *key, *size(model, slots)), verify, [s.state, *memory])
         return Step(k, s.out[k], real, [*marks, mark(device)])
@@ -538,7 +545,8 @@ def speculate(
             if k:
                 queue.append(speculation.launch(model, s, k, proposals, length, sampler, marks))
                 continue
-            token, pos = decode(model, *(plain or (s.token, s.pos)), speculation.slots_for(model, length), sampler)
+            plain = plain or s.state[..., 1:].contiguous()
+            token, pos = decode(model, *plain, speculation.slots_for(model, length), sampler)
             # A row that has ended goes on beside others, and must stay in the cache.
             plain = (token, pos) if B == 1 else (token.clone(), torch.minimum(pos, s.last))
             queue.append(Step(0, token, [], [*marks, marks[-1], mark(device)]))

@@ -105,6 +105,7 @@ def p_values(accept, deterministic: bool) -> list[float]:
 
 def accept_lists(p, q, proposed, coins, noise):
     """accept_listed, given what accept is: each distribution lists its V - 1 tokens, the likeliest first."""
+    noise = noise[:, 1:]
     p, ids = p.topk(V - 1)
     q, q_ids = (None, None) if q is None else q.topk(V - 1)
     return accept_listed(p, ids, q, q_ids, proposed, coins, noise)
@@ -118,18 +119,19 @@ def test_accept_gives_the_targets_distribution(deterministic, function):
 
 
 BUGS = [
-    ("rest = (after - q.gather(1, row)[:, 0]).clamp_min(0)", "rest = after", False),
-    ("coins * q[", "0.9 * coins * q[", False),
-    ("kept = coins < p_token", "kept = coins < 1.05 * p_token", True),
-    ("after.scatter(1, rejected, 0)", "after", True),
-    (".cumprod(1)", "", False),
-    ("F.pad(draft_tokens, (0, 1)).gather(1, count)", "draft_tokens[:, :1]", True),
+    ("rest = (p - q).clamp_min(0)", "rest = p", False),
+    ("rest = (p - q).clamp_min(0)", "rest = p", True),
+    ("count_kept(coins * q.", "count_kept(0.9 * coins * q.", False),
+    ("count_kept(coins * q.", "count_kept(0.95 * coins * q.", True),
+    ("torch.where(kept, k, torch.arange(k, device=kept.device)).amin", "kept.sum", False),
+    ("at(q, count)", "at(q, 0 * count)", False),
+    ("at(q, count)", "at(q, 0 * count)", True),
 ]
 
 
-@pytest.mark.parametrize("right, wrong, deterministic", BUGS, ids=[wrong for _, wrong, _ in BUGS])
+@pytest.mark.parametrize("right, wrong, deterministic", BUGS, ids=[f"{wrong}-{d}" for _, wrong, d in BUGS])
 def test_the_test_of_accept_notices_a_bug(right, wrong, deterministic):
-    source = inspect.getsource(accept)
+    source = "\n".join(map(inspect.getsource, (accept, speculative.count_kept, speculative.draw_rest)))
     assert source.count(right) == 1
     names = dict(vars(speculative))
     exec(source.replace(right, wrong), names)
@@ -166,17 +168,20 @@ def test_lists_of_few_tokens_decide_as_distributions_do():
     logits, draft_logits, k = torch.randn(50, 4, 97), torch.randn(50, 3, 80), 3
     sampler = Sampler(0.8, top_k=5, top_p=0.9)
     drawn = [sampler.draw(row, None) for row in draft_logits.unbind(1)]
-    proposed, q = torch.cat([token for token, _ in drawn], 1), torch.stack([q for _, q in drawn], 1)
-    assert q.shape == (50, k, *sampler.shape(80)) and sampler.shape(3) == (2, 3)
-    dense = draft_logits.new_zeros(50, k, 80).scatter(-1, q[:, :, 1].long(), q[:, :, 0])
+    proposed = torch.cat([token for token, _ in drawn], 1)
+    q, q_ids = (torch.stack(part, 1) for part in zip(*(parts for _, parts in drawn), strict=True))
+    for vocab, n in ((80, 5), (3, 3)):
+        assert sampler.parts(vocab) == [(n, torch.float32), (n, torch.int64)]
+    assert Sampler(0.8).parts(80) == [(80, torch.float32)] and Sampler().parts(80) == []
+    dense = draft_logits.new_zeros(50, k, 80).scatter(-1, q_ids, q)
     expected = sampling.probabilities(draft_logits.flatten(0, 1), 0.8, 5, 0.9).view(50, k, 80)
     torch.testing.assert_close(dense, expected)
     p, ids = sampling.filtered(logits.flatten(0, 1), 0.8, 5, 0.9, None)
     p, ids = sampling.normalized(p).view(50, 4, 5), ids.view(50, 4, 5)
     target = torch.zeros(50, 4, 97).scatter(-1, ids, p)
     coins = torch.rand(50, k)
-    for given in (q.unbind(2), (None, None)):
-        lists = accept_listed(p, ids, *given, proposed, coins)
+    for given in ((q, q_ids), (None, None)):
+        lists = accept_listed(p, ids, *given, proposed, coins, torch.empty(50, 5).exponential_())
         plain = accept(target, None if given[0] is None else dense, proposed, coins)
         assert torch.equal(lists < 0, plain < 0)  # as many are kept
         kept = F.pad(lists[:, 1:] >= 0, (0, 1))  # all but the last, which is drawn
@@ -315,8 +320,8 @@ def test_a_row_far_ahead_of_another_stays_in_the_cache(tiny):
     """One row keeps every proposal, the other none: what the first goes on to do after its end harms nobody."""
 
     class Partial(Sampler):
-        def verify(self, logits, proposed, probs):
-            out = super().verify(logits, proposed, probs)
+        def verify(self, logits, *more):
+            out = super().verify(logits, *more)
             out[1, 1:] = -1
             return out
 
@@ -595,6 +600,7 @@ def test_statistics(tiny):
     assert summary["steps"] == 4 and summary["tokens_per_step"] == 5  # the first token is the prefill's
     assert summary["acceptance"] == 1 and summary["acceptance_by_position"] == [1.0] * 4
     assert 0 < summary["draft_share_of_time"] < 1 and summary["plain_share_of_time"] == 0
+    assert 0 < how.statistics.catching_up < how.statistics.seconds["draft"]
     columns(generate(model, [tokens(5)], 1, Sampler(), speculation=how))
     assert how.statistics.summary()["tokens_per_step"] is None
     how = speculation(3, perturbed(tiny(), tiny, 0.05))
