@@ -28,7 +28,7 @@ COLUMNS = (64, 128, 128, 256)  # by kind: what columns must be a multiple of, 12
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 TILE_ROWS = 16  # as in linear_cuda.cu
 MAX_COLUMNS, MAX_PANELS = 32768, 8
-MAX_STAGES = (5, 4, 4, 3)  # by kind; more take memory from the L1 cache, and are slower
+MAX_STAGES = (5, 5, 5, 3)  # by kind; more take memory from the L1 cache, and are slower
 
 
 @functools.cache
