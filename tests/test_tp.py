@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import kernels
+import kernels_cuda
 import tp
 from checkpoint import Weights, convert_checkpoint, load_model, read_config
 from generate import Sampler, generate
@@ -543,6 +544,7 @@ def test_eval_and_benchmark(runs):
     row = json.loads(runs("benchmark").out.splitlines()[-1])
     assert row["ranks"] == 2 and row["all_reduce"] == "gloo" and 0 < row["percent_communication"] < 100
     assert row["command"].startswith("torchrun --nproc_per_node=2 benchmark.py")
+    assert 0 < row["start_s"] < runs("benchmark").seconds  # of the rank that prints
 
 
 DIED = "generate.py: rank {} died (killed, or out of memory); all ranks end"
@@ -583,6 +585,35 @@ def test_interrupt_ends_everything(runs):
     assert run.rc != 0 and not run.lines and run.seconds < 60, run.err
     # -2: while they were still finding one another
     assert set(run.codes.values()) <= {"130", "-2"}, run.err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nproc", (2, 4))
+@pytest.mark.parametrize("more", ("", "--quant int8", "--compile"))
+def test_gpus_give_one_process_tokens(more, nproc):
+    """By exchanges over NVLink, where they are faster, also in a CUDA graph; and by NCCL alone."""
+    if torch.cuda.device_count() < nproc:
+        pytest.skip(f"needs {nproc} GPUs: gloo was tested instead")
+    expected = one(*ONE, *TEXT, *more.split())["samples"]
+    for choice in ("auto", "nccl"):
+        run = torchrun(*ONE, *TEXT, *more.split(), "--json", "--all_reduce", choice, nproc=nproc)
+        assert run.rc == 0, run.err
+        got = json.loads(run.out.splitlines()[-1])["samples"]
+        assert [s["tokens"] for s in got] == [s["tokens"] for s in expected], choice
+
+
+def test_only_small_tensors_are_exchanged(monkeypatch):
+    """NCCL takes what is larger than what was measured to be faster, and what is no whole number of pieces."""
+    exchange = kernels_cuda.Exchange(torch.zeros(4 * 2 * 64, dtype=torch.int64), [0, 0], 0)
+    assert (exchange.room, exchange.limit) == (64, 512)
+    fake = types.SimpleNamespace(world=2, exchange=exchange, exchanged={torch.bfloat16: 256, torch.float32: 64})
+    monkeypatch.setattr(tp, "_ranks", fake)
+    x = torch.zeros(300, dtype=torch.bfloat16)
+    assert [tp._exchanges(x[:n]) for n in (4, 256, 260, 6, 0)] == [True, True, False, False, False]
+    assert not tp._exchanges(x[1:5]), "not at an address of whole pieces"
+    assert tp._exchanges(x.float()[:64]) and not tp._exchanges(x.float()[:66]) and not tp._exchanges(x.half()[:4])
+    with pytest.raises(RuntimeError, match="9 GPUs"):
+        kernels_cuda.Exchange(torch.zeros(64, dtype=torch.int64), [0] * 9, 0)
 
 
 def test_more_ranks_than_gpus(monkeypatch):
