@@ -132,7 +132,8 @@ if GPU:
 
     @pytest.mark.gpu
     def test_greedy_tokens_of_the_bundled_model(monkeypatch):
-        """2,000 positions of real text, one at a time through the kernels, against the plain model in bf16 and float32:
+        """2,000 positions of real text, one at a time through the kernels, against plain PyTorch that also sums in
+        float32 and rounds where they do, and against the plain model in bf16, which rounds more often, and in float32:
         the likeliest token is another one only where two are nearly as likely."""
         demo = Path(__file__).parents[1] / "demo"
         text = (demo / "heldout.txt").read_text(encoding="utf-8")[:20000]
@@ -141,22 +142,32 @@ if GPU:
         monkeypatch.setattr(kernels, "fuse", lambda model: None)
         plain, exact = (load_model(demo, "cuda", dtype) for dtype in (torch.bfloat16, torch.float32))
         fused.setup_caches(4, 512)
+
+        def rounded_once(x, weight, scale, bias, norm, residual, eps, offset, activation):
+            x = x if norm is None else kernels.rms_norm_reference(x.float(), norm.float(), eps, offset).bfloat16()
+            weight, residual = weight.float(), None if residual is None else residual.float()
+            return kernels.linear_reference(x.float(), weight, scale, bias, None, residual, 0, 0, activation).bfloat16()
+
         with torch.no_grad():
             pos = torch.arange(500, device="cuda").expand(4, -1)
             ours = torch.cat([fused(tokens[:, [i]], pos[:, [i]], fused.slots[:512]) for i in range(500)], 1).float()
+            with monkeypatch.context() as patched:
+                patched.setattr(kernels, "linear_reference", rounded_once)
+                patched.setattr(kernels, "use_triton", lambda x: False)
+                alike = torch.cat([fused(tokens[:, [i]], pos[:, [i]], fused.slots[:512]) for i in range(500)], 1)
             theirs, wanted = plain(tokens).float(), exact(tokens)
         assert type(fused.layers[0].attention) is kernels.FusedAttention is not type(plain.layers[0].attention)
         ours_error, their_error = ((y - wanted).norm() / wanted.norm() for y in (ours, theirs))
         assert ours_error <= 1.2 * their_error, "no further from float32 than plain bf16 is"
         best = wanted.argmax(-1)
-        for name, y, other in (
-            ("kernels, plain bf16", ours, theirs.argmax(-1)), ("kernels, float32", ours, best),
-            ("plain bf16, float32", theirs, best),
+        for name, y, other, most in (
+            ("kernels, as they round", ours, alike.argmax(-1), 0.01), ("kernels, plain bf16", ours, theirs.argmax(-1), 0.02),
+            ("kernels, float32", ours, best, 0.02), ("plain bf16, float32", theirs, best, 0.02),
         ):  # fmt: skip
             differ = y.argmax(-1) != other
             gaps = (wanted.amax(-1) - wanted.gather(-1, y.argmax(-1, keepdim=True))[..., 0])[differ]
             print(f"{name}: {differ.sum()} of {differ.numel()} differ, by at most {gaps.max():.3f} in logits")
-            assert differ.float().mean() <= 0.02 and gaps.max() < 0.2
+            assert differ.float().mean() <= most and gaps.max() < 0.2
 else:
 
     @pytest.mark.gpu
