@@ -142,6 +142,17 @@ def random_weights(args: ModelArgs, device: torch.device, dtype: torch.dtype) ->
         yield name, tensor + (1 - args.norm_offset) if name.endswith("norm.weight") else tensor
 
 
+def timed(items: Iterator, device: torch.device, spent: list[float]) -> Iterator:
+    """`items`; the seconds that making each of them takes are appended to `spent`."""
+    while True:
+        took = seconds(lambda: spent.append(next(items, None)), device)
+        item = spent.pop()
+        if item is None:
+            return
+        spent.append(took)
+        yield item
+
+
 def process_seconds() -> float | None:
     """Seconds since this process began; None where the system does not tell (it is Linux that does)."""
     try:
@@ -498,10 +509,10 @@ def main(
             if record_row:
                 record(row)
         return
-    torch.empty(1, device=device)  # wakes it up, which is part of a start; what is measured now is not
+    read_sum(torch.empty(1 << 20, device=device))  # this is part of a start, the measurement is not
     begin = time.perf_counter()
     peak = read_bandwidth(device)
-    aside = time.perf_counter() - begin
+    aside = [time.perf_counter() - begin]
     print(f"{device_name(device)}: reads {peak:,.0f} GB/s (measured), torch {torch.__version__}")
     print(f"{'model':<16}{'mode':>9}{'batch':>6}{'GB':>8}{'tok/s':>9}{'step ms':>9}{'of peak':>9}{'first ms':>10}"
           f"{'compile s':>11}{'peak GB':>9}" + (f"{'ranks':>7}{'us a reduce':>13}{'of step':>9}{'against 1':>11}"
@@ -515,7 +526,7 @@ def main(
                 model = load_model(name, device, dtype, recipe)
             else:
                 torch.manual_seed(0)  # ranks cut the same weights; a draft of the same shape has them, too
-                weights = random_weights(SHAPES[name], device, dtype)
+                weights = timed(random_weights(SHAPES[name], device, dtype), device, aside)
                 model = build_model(SHAPES[name], weights, device, dtype, recipe, ranks)
                 torch.seed()
             if kv_dtype is not None:
@@ -553,7 +564,7 @@ def main(
                **measure(model, prompt_tokens, new_tokens, batch, temperature, top_k, not no_compile, runs),
                "read_bandwidth_gbs": peak, **circumstances(device)}  # fmt: skip
         # From the start of the process to the first token, but for the making of random weights.
-        start_s = age and not rows and age - aside - load_s + (row["compile_s"] or 0) + row["ttft_s"]
+        start_s = age and not rows and age - sum(aside) + (row["compile_s"] or 0) + row["ttft_s"]
         row["start_s"] = start_s or None
         step = row["decode_step_ms"]
         row["percent_of_peak_bandwidth"] = step and 100 * row["weights_gb"] / step * 1e3 / peak

@@ -3,8 +3,9 @@
 //
 // Every GPU writes its part into the memory of all others, as words of 4 bytes of data and 4 that say which exchange
 // they belong to (a store of 8 bytes arrives as a whole), and reads its own memory until theirs are there. So there is no
-// barrier before or after, and one way over NVLink is all that is waited for. Two parts of memory are used in turn:
-// whoever writes to one for the second next time has heard from all others that they read it.
+// barrier before or after, and one way over NVLink is all that is waited for. Two parts of memory are used in turn: a rank
+// sends words of exchange n + 1 after its own exchange n has ended, and so after it has read all words of n; who has
+// words of n + 1 from all others may write n + 2 where n was.
 //
 // Sums are in float32, in the order of ranks: the same bits on each GPU. All GPUs must make the same exchanges in the
 // same order. Source: the idea of NCCL's low-latency protocol
@@ -21,13 +22,13 @@ __device__ __forceinline__ u32 load_now(const u32* p) {
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
-__device__ __forceinline__ uint4 load_now(u64 p) {
-    uint4 v;
-    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+__device__ __forceinline__ ulonglong2 load_now(u64 p) {
+    ulonglong2 v;
+    asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
     return v;
 }
-__device__ __forceinline__ void store_now(u64 p, uint4 v) {
-    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+__device__ __forceinline__ void store_now(u64 p, ulonglong2 v) {
+    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" :: "l"(p), "l"(v.x), "l"(v.y) : "memory");
 }
 __device__ __forceinline__ uint2 load_fresh(const uint2* p) {  // from L2: L1 may remember an earlier kernel's buffer
     uint2 v;
@@ -39,8 +40,9 @@ __device__ __forceinline__ u32 two_bf16(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
 }
-// Lets the next kernel start, and waits for the one before, where a GPU can overlap kernels.
-__device__ __forceinline__ void wait_for_input() {
+// Where a GPU can overlap kernels. This one lets the next one start at once, to send for its weights meanwhile: before its
+// own wait that one may only read what is constant, since the kernel before this one may not have ended.
+__device__ __forceinline__ void let_next_start_and_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory");
 #endif
@@ -51,7 +53,7 @@ __device__ __forceinline__ void wait_for_input() {
 extern "C" __global__ void __launch_bounds__(256)
 exchange(const uint2* __restrict__ x, uint2* __restrict__ y, const __grid_constant__ Memory memory, int rank, int world,
          int n, int room, int gather, u32* state) {
-    wait_for_input();
+    let_next_start_and_wait();
     const u32 turn = load_now(state);
     const int i = blockIdx.x * 256 + threadIdx.x;
     if (i < n) {
@@ -60,14 +62,14 @@ exchange(const uint2* __restrict__ x, uint2* __restrict__ y, const __grid_consta
             return memory.of[reader] + (((u64)(turn & 1) * world + writer) * room + i) * 16;
         };
         for (int d = 1; d < world; d++)  // not all to the same one at first
-            store_now(place((rank + d) % world, rank), make_uint4(mine.x, turn, mine.y, turn));
+            store_now(place((rank + d) % world, rank), make_ulonglong2((u64)turn << 32 | mine.x, (u64)turn << 32 | mine.y));
         float sum[4] = {};
         for (int r = 0; r < world; r++) {
             uint2 v = mine;
             if (r != rank) {
-                uint4 words;
-                do words = load_now(place(rank, r)); while (words.y != turn || words.w != turn);
-                v = make_uint2(words.x, words.z);
+                ulonglong2 words;
+                do words = load_now(place(rank, r)); while (words.x >> 32 != turn || words.y >> 32 != turn);
+                v = make_uint2((u32)words.x, (u32)words.y);
             }
             if (gather) y[(u64)r * n + i] = v;
             else if (BF16) {
@@ -81,6 +83,6 @@ exchange(const uint2* __restrict__ x, uint2* __restrict__ y, const __grid_consta
     __syncthreads();  // all have read which exchange it is
     if (threadIdx.x == 0 && atomicAdd(state + 1, 1) == gridDim.x - 1) {
         state[1] = 0;
-        state[0] = turn + 1;
+        state[0] = turn + 1 ? turn + 1 : 2;  // memory that was never written to holds zeros
     }
 }

@@ -88,8 +88,8 @@ class GraphedDecode:
     launch; mode="reduce-overhead" does the same but checks and copies its inputs each time, 0.3 ms for a small model.
     """
 
-    def __init__(self, advance: Callable):
-        self.advance, self.graphs, self.buffers = advance, {}, {}
+    def __init__(self, step: Callable):
+        self.step, self.graphs, self.buffers = step, {}, {}  # step: as `advance`
 
     def __call__(self, model, token, input_pos, slots, sample):
         """As decode_one_token; the tensors returned are overwritten by the next call."""
@@ -117,11 +117,11 @@ class GraphedDecode:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
-                self.advance(model, buffers[0].clone(), buffers[1].clone(), slots, sample)
+                self.step(model, buffers[0].clone(), buffers[1].clone(), slots, sample)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.advance(model, *buffers, slots, sample)
+            self.step(model, *buffers, slots, sample)
         for name, b in kept.items():
             sample.get_buffer(name).copy_(b)
         return graph

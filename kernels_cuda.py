@@ -26,7 +26,7 @@ KINDS = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.int8: 2, torch.uint8: 
 MAX_ROWS = 8
 COLUMNS = (64, 128, 128, 256)  # by kind: what columns must be a multiple of, 128 bytes
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
-TILE_ROWS = 16  # as in linear_cuda.cu
+TILE_ROWS, FLIGHT = 16, 4096  # as in linear_cuda.cu: rows of a tile, bytes of each that are on their way at most
 MAX_COLUMNS, MAX_PANELS = 32768, 8
 MAX_STAGES = (5, 5, 5, 3)  # by kind; more take memory from the L1 cache, and are slower
 
@@ -57,7 +57,7 @@ def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tenso
         return False
     # A vocabulary may be so large, or shared memory so small, that there is no room for a ring, or for much of x.
     plan = _plan(kind, group, x.numel() // K, weight.shape[0], K, False, x.device)
-    return plan.stages >= 3 and plan.panels <= MAX_PANELS
+    return plan.stages >= max(3, FLIGHT // plan.chunk) and plan.panels <= MAX_PANELS
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
@@ -66,8 +66,9 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     """`kernels.linear_reference` for what `supports` accepts: x bf16 [..., K] -> bf16 [..., N].
 
     Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative to the largest of 128 columns, or of 32;
-    fp8 ones as fp16, relative to the largest of 128, or, of more than 4 rows, as bf16 below 2^68. x may still be on its
-    way from the kernel before this one. Raises RuntimeError where the driver or the compiler reports an error.
+    fp8 ones as fp16, relative to the largest of 128, or, of more than 4 rows, as bf16 below 2^68. Of a row of x that is
+    not finite, where it is relative to the largest, all results are nan. x may still be on its way from the kernel
+    before this one. Raises RuntimeError where the driver or the compiler reports an error.
     """
     K = x.shape[-1]
     M, N = x.numel() // K, weight.shape[0] // (2 if activation else 1)
@@ -137,7 +138,8 @@ class Exchange:
     """Sums over GPUs that can write to each other's memory, and tensors of all of them side by side.
 
     words: int64 memory of this GPU, zeros, that all can write to; addresses: of this memory on each rank, as seen from
-    here. All ranks must make the same calls in the same order, at most `limit` bytes each. RuntimeError: too many.
+    here. All ranks must make the same calls in the same order, from one stream each, at most `limit` bytes at a time;
+    a GPU waits for ever for one that does not. RuntimeError: too many ranks, or the kernels do not compile.
     """
 
     def __init__(self, words: Tensor, addresses: list[int], rank: int):
@@ -148,21 +150,29 @@ class Exchange:
         self.room = words.numel() // (2 * self.world * 2)  # pieces of 8 bytes, each of which takes two words
         self.limit = 8 * self.room
         self.state = torch.tensor([1, 0], dtype=torch.int32).to(words.device)
+        for dtype in (torch.bfloat16, torch.float32) if words.is_cuda else ():
+            self.function(dtype)  # compiled now: later the others would be waiting
 
     def __call__(self, x: Tensor, gather: bool = False) -> Tensor:
         """x bf16 or float32 of all ranks -> their sum, the same bits on each, of x's shape; or [world, *x.shape]."""
         x = x.contiguous()
+        x = x.clone() if x.data_ptr() % 8 else x
         y = x.new_empty(self.world, *x.shape) if gather else torch.empty_like(x)
         n = x.nbytes // 8
         values = [x, y, self.memory, self.rank, self.world, n, self.room, int(gather), self.state]
-        function = _function("exchange", (f"BF16={int(x.dtype == torch.bfloat16)}",), x.device)
-        _launch(function, (-(-n // EXCHANGE_THREADS), 1), EXCHANGE_THREADS, 0, values, x.device)
+        _launch(self.function(x.dtype), (-(-n // EXCHANGE_THREADS), 1), EXCHANGE_THREADS, 0, values, x.device)
         return y
 
+    def function(self, dtype: torch.dtype) -> ctypes.c_void_p:
+        """The kernel for a dtype."""
+        return _function("exchange", (f"BF16={int(dtype == torch.bfloat16)}",), self.words.device)
+
     def supports(self, x: Tensor) -> bool:
-        """Whether x can be exchanged: whole pieces of 8 bytes, of a dtype that is summed, and no more than fits."""
-        aligned = not x.is_contiguous() or x.data_ptr() % 8 == 0
-        return x.dtype in (torch.bfloat16, torch.float32) and x.nbytes % 8 == 0 < x.nbytes <= self.limit and aligned
+        """Whether x can be exchanged: whole pieces of 8 bytes, of a dtype that is summed, and no more than fits.
+
+        It depends on nothing that may differ between ranks.
+        """
+        return x.dtype in (torch.bfloat16, torch.float32) and x.nbytes % 8 == 0 < x.nbytes <= self.limit
 
 
 def has_nvrtc(device: torch.device) -> bool:
@@ -204,7 +214,7 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
     step, blocks = TILE_ROWS // (2 if pairs else 1), _multiprocessors(device)
     rounds = N // (step * blocks)
     # An even share of what does not go round is better where it spares each block half of a tile.
-    dynamic = rounds >= 4 or (rounds > 0 and -(-(N % (step * blocks)) // blocks) > 8)
+    dynamic = rounds >= 4 or (rounds > 0 and (pairs or -(-(N % (step * blocks)) // blocks) > 8))
     plans = []
     for panels in range(1, chunks + 1):
         columns = -(-chunks // panels) * in_chunk

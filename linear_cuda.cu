@@ -191,6 +191,7 @@ __device__ __forceinline__ void send(Ring ring, const TensorMap& w, const Tensor
             odd = 2 * blocks + atomicAdd(taken, 1);
         }
     }
+    __threadfence();  // the last ticket that was drawn, which nobody waited for, has been counted
     if (taken && atomicAdd(taken + 1, 1) == gridDim.x - 1) taken[0] = taken[1] = 0;
 }
 

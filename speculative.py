@@ -40,7 +40,7 @@ def accept(
 
     target_probs [B, k + 1, V]: the target's distribution at each proposed position and after the last. draft_probs
     [B, k, V'], V' <= V: what the tokens were drawn from; None: they were not drawn (a lookup, an argmax), which is
-    all probability on them. draft_tokens int64 [B, k]. coins [B, k] uniform in [0, 1) and noise [B, V] exponential are
+    all probability on them. draft_tokens int64 [B, k]. coins [B, k] uniform in [0, 1] and noise [B, V] exponential are
     the randomness; None draws them here.
 
     Token i is kept with probability min(1, p / q); the first that is not is replaced by a draw from max(p - q, 0), and
@@ -398,10 +398,10 @@ class Speculation:
                     for t, b in zip(kept, before, strict=True):
                         t.copy_(b)
             torch.cuda.current_stream().wait_stream(side)
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key]):
+            self.graphs[key] = torch.cuda.CUDAGraph(), work  # the latter keeps alive what the key knows by its address
+            with torch.cuda.graph(self.graphs[key][0]):
                 work()
-        self.graphs[key].replay()
+        self.graphs[key][0].replay()
 
     def every_depth(self) -> Iterator[int]:
         """Go through each k, 0 included, which every step then uses until the next: to warm up."""
@@ -459,7 +459,8 @@ class Speculation:
         vocab = model.args.vocab_size if self.draft is None else min(model.args.vocab_size, self.draft.args.vocab_size)
         s.make(k, [] if self.draft is None else sampler.parts(vocab))
         memory = [] if sampler.seen is None else [sampler.seen]
-        key = (k, id(sampler), len(s.token), *(m.data_ptr() for m in memory), s.out[k].data_ptr())
+        fixed = [*memory, s.tokens[k], s.out[k], *s.probs[k]]
+        key = (k, id(sampler), len(s.token), *(m.data_ptr() for m in fixed))
         if self.draft is None:
             real = [p is not None for p in proposals]
             s.tokens[k][:, :1] = s.token

@@ -396,7 +396,7 @@ def _all_reduce(x: Tensor) -> Tensor:
 
 def _exchanges(x: Tensor) -> bool:
     """Whether x goes another way than NCCL."""
-    return x.numel() <= _ranks.exchanged.get(x.dtype, 0) and _ranks.exchange.supports(x)
+    return 0 < x.numel() <= _ranks.exchanged.get(x.dtype, 0) and _ranks.exchange.supports(x)
 
 
 def _nccl(x: Tensor) -> Tensor:
@@ -434,14 +434,18 @@ def choose_all_reduce(width: int, dtype: torch.dtype, device: torch.device, make
     if not all(ranks.gather(linked and make is not None)):
         return
     if ranks.exchange is None:
-        exchange, reason = None, "its sums differ from NCCL's or between ranks"
+        exchange, reason = None, ""
         try:
             exchange = _make_exchange(make, device)
         except (RuntimeError, AttributeError, ImportError) as error:  # no peer access, an older PyTorch
             reason = str(error).splitlines()[0]
-        if not all(ranks.gather(exchange is not None)):
+        reasons = ranks.gather(reason)  # before any rank waits for another's words
+        if not any(reasons) and not all(ranks.gather(_sums_are_right(exchange, device))):
+            reasons = ["its sums differ from NCCL's or between ranks"]
+        if any(reasons):
             if ranks.rank == 0:
-                print(f"tp: NCCL reduces; symmetric memory cannot be used here: {reason}", file=sys.stderr)
+                why = max(reasons, key=len)
+                print(f"tp: NCCL reduces; symmetric memory cannot be used here: {why}", file=sys.stderr)
             return
         ranks.exchange = exchange
     for kind in sorted({dtype, torch.float32} - {torch.float16, *ranks.exchanged}, key=str):  # alike on all ranks
@@ -457,25 +461,28 @@ def choose_all_reduce(width: int, dtype: torch.dtype, device: torch.device, make
             ranks.exchanged[kind] = x.numel()
 
 
-def _make_exchange(make: Callable, device: torch.device) -> Callable | None:
-    """An exchange through memory that all ranks can write to; None where its sums are wrong, or not alike on all."""
+def _make_exchange(make: Callable, device: torch.device) -> Callable:
+    """An exchange through memory that all ranks can write to."""
     import torch.distributed._symmetric_memory as symm_mem
 
     words = symm_mem.empty(4 * _ranks.world * EXCHANGE_LIMIT // 8, dtype=torch.int64, device=device)
     addresses = symm_mem.rendezvous(words, dist.group.WORLD).buffer_ptrs
     words.zero_()
-    torch.cuda.synchronize()
-    _ranks.barrier()  # nobody writes before all are zero
-    exchange = make(words, addresses, _ranks.rank)
+    torch.cuda.synchronize()  # nobody writes before all are zero: ranks compare notes after this
+    return make(words, addresses, _ranks.rank)
+
+
+def _sums_are_right(exchange: Callable, device: torch.device) -> bool:
+    """Whether an exchange gives NCCL's sums, where these have no rounding, and the same bits on all ranks."""
     works = True
     for dtype in (torch.bfloat16, torch.float32):
-        exact = torch.randint(-8, 8, (4096,), device=device).to(dtype)  # sums of small integers have no rounding
+        exact = torch.randint(-8, 8, (4096,), device=device).to(dtype)
         noise = exchange(torch.randn(4096, device=device).to(dtype))  # experts are chosen by such sums
         every = torch.empty(_ranks.world, 4096, dtype=dtype, device=device)
         dist.all_gather_into_tensor(every, noise)
         same = bool((every == noise).all()) and torch.equal(exchange(noise, gather=True), every)
         works = works and torch.equal(exchange(exact), _nccl(exact)) and same
-    return exchange if works else None
+    return works
 
 
 def _seconds(work: Callable[[Tensor], Tensor], x: Tensor, calls: int = 50) -> float:
@@ -714,6 +721,7 @@ def sample_shard(sample: Callable, logits: Tensor, start: int, temperature: floa
             ids = (values / temperature - noise.log()).argmax(-1, keepdim=True)
             values, noise = values.gather(-1, ids), noise.gather(-1, ids)
     # Ids as float32 are exact below 2^24; a vocabulary has 2^18. One collective carries all.
-    every = all_gather(torch.stack([values, (ids + start).float(), noise], -1))  # [world, B, k, 3]
-    values, ids, noise = every.transpose(0, 1).flatten(1, 2).unbind(-1)
+    # A fourth number makes 16 bytes of a candidate, which is what an exchange wants.
+    every = all_gather(torch.stack([values, (ids + start).float(), noise, noise], -1))  # [world, B, k, 4]
+    values, ids, noise, _ = every.transpose(0, 1).flatten(1, 2).unbind(-1)
     return ids.gather(-1, sample(values, noise)).long()

@@ -131,6 +131,48 @@ if GPU:
         assert ran == 72
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("world", (2, 3, 4))
+    def test_exchange(world):
+        """Ranks as streams of one GPU: sums and gathers of all sizes, one after another, also as a replayed graph, and
+        with one rank late."""
+        torch.manual_seed(world)
+        words = [torch.zeros(2 * world * 2 * 1000, dtype=torch.int64, device="cuda") for _ in range(world)]
+        ranks = [k.Exchange(words[r], [w.data_ptr() for w in words], r) for r in range(world)]
+        streams = [torch.cuda.Stream() for _ in range(world)]
+        sizes = [1, 1000, 2, 256, 1000, 3, 500, 1] * 3  # pieces of 8 bytes
+
+        def work(r, inputs):
+            return [ranks[r](x, gather=i % 3 == 2) for i, x in enumerate(inputs[r])]
+
+        def check(inputs, results):
+            torch.cuda.synchronize()
+            for i in range(len(sizes)):
+                every = torch.stack([inputs[r][i] for r in range(world)])
+                want = every if i % 3 == 2 else every.sum(0)
+                assert all(torch.equal(results[r][i], want) for r in range(world)), i
+
+        for dtype in (torch.bfloat16, torch.float32):
+            lengths = [n * 8 // dtype.itemsize for n in sizes]
+            inputs = [[torch.randint(-9, 9, (n,), device="cuda").to(dtype) for n in lengths] for _ in ranks]
+            assert all(ranks[0].supports(x) for x in inputs[0])
+            torch.cuda.synchronize()
+            results, graphs = [], [torch.cuda.CUDAGraph() for _ in ranks]
+            for r, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(3_000_000 * (r == 1))
+                    results.append(work(r, inputs))
+            check(inputs, results)
+            for r, graph in enumerate(graphs):
+                with torch.cuda.graph(graph):
+                    results[r] = work(r, inputs)
+            for late in (0, 1, world - 1):
+                for r, stream in enumerate(streams):
+                    with torch.cuda.stream(stream):
+                        torch.cuda._sleep(3_000_000 * (r == late))
+                        graphs[r].replay()
+                check(inputs, results)
+
+    @pytest.mark.gpu
     def test_greedy_tokens_of_the_bundled_model(monkeypatch):
         """2,000 positions of real text, one at a time through the kernels, against plain PyTorch that also sums in
         float32 and rounds where they do, and against the plain model in bf16, which rounds more often, and in float32:
@@ -143,10 +185,12 @@ if GPU:
         plain, exact = (load_model(demo, "cuda", dtype) for dtype in (torch.bfloat16, torch.float32))
         fused.setup_caches(4, 512)
 
+        linear_reference = kernels.linear_reference
+
         def rounded_once(x, weight, scale, bias, norm, residual, eps, offset, activation):
             x = x if norm is None else kernels.rms_norm_reference(x.float(), norm.float(), eps, offset).bfloat16()
             weight, residual = weight.float(), None if residual is None else residual.float()
-            return kernels.linear_reference(x.float(), weight, scale, bias, None, residual, 0, 0, activation).bfloat16()
+            return linear_reference(x.float(), weight, scale, bias, None, residual, 0, 0, activation).bfloat16()
 
         with torch.no_grad():
             pos = torch.arange(500, device="cuda").expand(4, -1)
@@ -161,8 +205,9 @@ if GPU:
         assert ours_error <= 1.2 * their_error, "no further from float32 than plain bf16 is"
         best = wanted.argmax(-1)
         for name, y, other, most in (
-            ("kernels, as they round", ours, alike.argmax(-1), 0.01), ("kernels, plain bf16", ours, theirs.argmax(-1), 0.02),
-            ("kernels, float32", ours, best, 0.02), ("plain bf16, float32", theirs, best, 0.02),
+            ("kernels, as they round", ours, alike.argmax(-1), 0.01),
+            ("kernels, plain bf16", ours, theirs.argmax(-1), 0.02), ("kernels, float32", ours, best, 0.02),
+            ("plain bf16, float32", theirs, best, 0.02),
         ):  # fmt: skip
             differ = y.argmax(-1) != other
             gaps = (wanted.amax(-1) - wanted.gather(-1, y.argmax(-1, keepdim=True))[..., 0])[differ]
@@ -195,6 +240,23 @@ def test_plans_fit(kind, h200):
             assert p.room >= M and p.shared <= 232448, (N, K, M, p)
             assert p.panels <= 8, (N, K, M, p)
     assert [k._plan(kind, 32, M, 4096, 4096, False, None).panels for M in (1, 2, 4)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_plans_leave_room_for_what_is_on_its_way(kind, h200, monkeypatch):
+    """On a GPU with less shared memory too, what is taken has as many stages as are sent for at a time."""
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda self: 0)
+    taken, cases = 0, itertools.product((232448, 166912, 101376), (3072, 40000), (1024, 2048, 8192, 28672), (1, 4, 8))
+    for most, N, K, M in cases:
+        monkeypatch.setattr(k, "_shared_memory", lambda device, most=most: most)
+        p = k._plan(kind, 32, M, N, K, False, None)
+        weight = torch.empty(N, K // (1, 1, 1, 2)[kind], dtype=list(k.KINDS)[kind], device="meta")
+        scale = [None, torch.empty(N, device="meta"), torch.empty(N, device="meta"),
+                 torch.empty(N, K // 32, dtype=torch.int32, device="meta")][kind]  # fmt: skip
+        if k.supports(torch.empty(M, K, dtype=torch.bfloat16, device="meta"), weight, scale):
+            assert p.stages >= k.FLIGHT // p.chunk and p.shared <= most and (p.panels == 1 or not p.dynamic)
+            taken += 1
+    assert taken > 36  # of 72
 
 
 def test_guards(h200, monkeypatch):

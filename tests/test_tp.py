@@ -610,7 +610,6 @@ def test_only_small_tensors_are_exchanged(monkeypatch):
     monkeypatch.setattr(tp, "_ranks", fake)
     x = torch.zeros(300, dtype=torch.bfloat16)
     assert [tp._exchanges(x[:n]) for n in (4, 256, 260, 6, 0)] == [True, True, False, False, False]
-    assert not tp._exchanges(x[1:5]), "not at an address of whole pieces"
     assert tp._exchanges(x.float()[:64]) and not tp._exchanges(x.float()[:66]) and not tp._exchanges(x.half()[:4])
     with pytest.raises(RuntimeError, match="9 GPUs"):
         kernels_cuda.Exchange(torch.zeros(64, dtype=torch.int64), [0] * 9, 0)
