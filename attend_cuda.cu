@@ -34,6 +34,7 @@ __device__ __forceinline__ u32 two_bf16(float low, float high) {
 }
 // From L2: L1 may remember an earlier kernel's buffer.
 __device__ __forceinline__ u16 load_fresh(const u16* p) { u16 v; asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p)); return v; }
+__device__ __forceinline__ u32 load_fresh(const u32* p) { u32 v; asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p)); return v; }
 __device__ __forceinline__ float load_fresh(const float* p) { float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p)); return v; }
 
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -156,7 +157,7 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     // From here on the kernel before this one is complete; the next one may start, and send for its weights.
     asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
 
-    // Queries, and the new keys: normalized, rotated, into shared memory; new values too.
+    // Queries, and the new keys: normalized, rotated, into shared memory too.
     for (int r = warp; r < R + (last ? T : 0); r += WARPS) {
         const bool query = r < R;
         const int token = b * T + (query ? (r0 + r) / G : r - R);
@@ -186,13 +187,14 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
             to[lane + 32 * i] = cached[lane + 32 * i] = a, to[D / 2 + lane + 32 * i] = cached[D / 2 + lane + 32 * i] = d;
         }
     }
+    // New values too, by the last warps: the first ones have other things to wait for.
     if (last)
         #pragma unroll 1
-        for (int i = threadIdx.x; i < T * D; i += THREADS) {
-            const int token = b * T + i / D;
-            const u16 v = load_fresh(qkv + (i64)token * width + (KV * (G + 1) + head) * D + i % D);
-            ((u16*)(v_new + i / D * PITCH))[i % D] = v;
-            if (r0 == 0) v_cache[cell + pos[token] * D + i % D] = v;
+        for (int i = THREADS - 1 - threadIdx.x; i < T * (D / 2); i += THREADS) {
+            const int token = b * T + i / (D / 2), d = i % (D / 2);
+            const u32 v = load_fresh((const u32*)(qkv + (i64)token * width + (KV * (G + 1) + head) * D) + d);
+            ((u32*)(v_new + i / (D / 2) * PITCH))[d] = v;
+            if (r0 == 0) ((u32*)(v_cache + cell + pos[token] * D))[d] = v;
         }
     __syncthreads();
 

@@ -134,13 +134,14 @@ def compile_prefill(model: Transformer) -> Callable:
 
 
 class GraphedPrefill:
-    """`prefill`, captured for short chunks as a CUDA graph for each power of two of tokens, the second time it is met.
+    """`prefill`, captured for short chunks as a CUDA graph, the second time one of its size is met: of each number of
+    tokens up to 8, since rows so few cost by their number, and of each power of two beyond.
 
     A chunk is filled up to that size by repeating its last token at its own position, which changes nothing. Long ones
     run eagerly: there the device is the slower one, and graphs for every length would take its memory.
     """
 
-    SIZES = range(8, 513)
+    EXACT, LARGEST = 8, 512
 
     def __init__(self):
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
@@ -148,12 +149,12 @@ class GraphedPrefill:
     def __call__(self, model, tokens, input_pos, slots):
         """As prefill; the logits returned are overwritten by the next call."""
         B, T = tokens.shape
-        size = max(self.SIZES[0], 1 << (T - 1).bit_length())
-        if size not in self.SIZES:
+        size = T if T <= self.EXACT else 1 << (T - 1).bit_length()
+        if size > self.LARGEST:
             return prefill(model, tokens, input_pos, slots)
         if T < size:
-            last = torch.cat([torch.arange(T), torch.full((size - T,), T - 1)]).to(tokens.device)
-            tokens, input_pos = tokens[:, last], input_pos[:, last]
+            repeated = torch.arange(size, device=tokens.device).clamp(max=T - 1)
+            tokens, input_pos = tokens[:, repeated], input_pos[:, repeated]
             slots = slots_for(model, T) if slots.shape[0] == 0 else slots
         key = (id(model), B, size, slots.shape[0], model.max_batch_size, model.max_seq_len)
         if key not in self.graphs:
