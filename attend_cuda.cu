@@ -7,11 +7,12 @@
 //
 // A block takes up to 8 query rows: the G query heads of a new token, and those of the tokens after it; more rows are
 // other blocks'. A warp takes 16 slots at a time. Both products are tensor cores' with the slots or the values' columns
-// as the tall side, and the query rows as the narrow one: scores^T = K q^T, and result^T = V^T p^T. Keys and values go from global memory to registers as they lie; products do not care about the
-// order of what they sum over, and where the order of a result's rows is not the memory's, the store makes it so.
+// as the tall side, and the query rows as the narrow one: scores^T = K q^T, and result^T = V^T p^T. Keys and values go from
+// global memory to registers as they lie; products do not care about the order of what they sum over, and where the
+// order of a result's rows is not the memory's, the store makes it so.
 //
-// Set at compilation: D (of a head: 64 or 128). Sources: PTX ISA (mma.m16n8k16,
-// movmatrix, griddepcontrol), Flash-Decoding (https://pytorch.org/blog/flash-decoding/), online softmax (1805.02867).
+// Set at compilation: D (of a head: 64 or 128). Sources: PTX ISA (mma.m16n8k16, movmatrix, griddepcontrol), Flash-Decoding
+// (https://pytorch.org/blog/flash-decoding/), online softmax (1805.02867).
 
 typedef unsigned int u32;
 typedef unsigned char u8;

@@ -9,8 +9,8 @@
 // care about the order of columns of W, so that each thread takes 16 neighbouring bytes of a row, and x lies in shared
 // memory in the order that this gives; where x is too large, a panel of its columns at a time. int8 and int4 are
 // multiplied as integers, which saves turning them into floats: x becomes 15-bit integers relative to the largest of
-// its 128 neighbours (int4: 32), two digits of 8 bits, each a column of its own. fp8 becomes fp16, and so does
-// x, relative to the largest of 128; or bf16. One last warp adds up what these warps leave for a tile of
+// its 128 neighbours (int4: 32), two digits of 8 bits, each a column of its own. fp8 becomes fp16, and so does x, relative
+// to the largest of 128; with many rows of x it becomes bf16. One last warp adds up what these warps leave for a tile of
 // 16 rows, and stores it, while they are at the next one.
 //
 // Set at compilation: KIND (0 bf16, 1 fp8 e4m3, 2 int8, 3 int4), GROUP (of int4, else any), ROOM (rows of x it has
@@ -31,7 +31,7 @@ constexpr int CHAINS = 2;                          // of products that wait for 
 constexpr int TILES = !FLOAT && ROOM > 4 ? 2 : 1;  // of 8 columns: a row of x is two of them, if it is integers
 constexpr int BOXES = KIND == 3 ? CHUNK * 2 / GROUP / 8 : 0;  // of 8 scales and zeros for 8 rows of W
 constexpr int STAGE = 2 * HALF + 2 * BOXES * 256;
-constexpr int FLIGHT = 4096 / CHUNK;               // stages that are sent for at a time: 64 KB keep a share of the bus busy
+constexpr int FLIGHT = 4096 / CHUNK;               // stages that are sent for at a time: 64 KB keep its share of the bus busy
 constexpr int X_BANK = KIND == 3 ? 32 : 16;        // a pitch that spreads what a warp reads at once over all banks
 constexpr int SPAN = KIND == 3 ? 32 : 128;         // columns of x that share an exponent, unless it stays bf16
 // int4: with few rows of x, several blocks of 32 columns get columns of their own in one accumulator.
