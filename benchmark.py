@@ -19,36 +19,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import eval
+import lifeline
 import quantize
 import tp
+from benchmark_speculation import measure_bundled_pair, measure_speculation, speculation_lines
 from checkpoint import build_model, load_model, resolve
-from generate import (
-    CACHE_DIR,
-    Sampler,
-    compile_decode,
-    compile_prefill,
-    device_name,
-    fill,
-    generate,
-    graph_slots,
-    peak_memory_gb,
-    pick_device,
-    pick_dtype,
-    pick_recipe,
-    share_weights,
-    warm_up,
-    weight_bytes,
-)
+from draft import share_weights
+from generate import compile_decode, compile_prefill, generate, pick_recipe, warm_up, weight_bytes
 from kernels import read_sum
+from machine import device_name, peak_memory_gb, pick_device, pick_dtype, remember_bandwidth, seconds, synchronize
 from model import ModelArgs, Transformer, pick_kv_dtype
-from speculative import MAX_K, Speculation, compile_step, count_kept, kept_and_next
+from sampling import Sampler
+from speculative import MAX_K
 from tables import fill_tables, one_gpu, read_rows, roofline
 from tokenizer import Tokenizer
 
@@ -95,40 +84,15 @@ SHAPES = {
 def read_bandwidth(device: torch.device, gigabytes: float | None = None) -> float:
     """The read bandwidth of a device in GB/s (10^9 bytes), measured: the best of ten sums over a buffer.
 
-    gigabytes: the buffer's size; None: 8 on a GPU, 1 on a CPU, far beyond any cache. The figure is remembered in the
-    user's cache directory, so that `generate.py` can report a share of it.
+    gigabytes: the buffer's size; None: 8 on a GPU, 1 on a CPU, far beyond any cache. The figure is remembered, so that
+    `generate.py` can report a share of it.
     """
     n = int((gigabytes or (8 if device.type == "cuda" else 1)) * 1e9) // 4
     x = torch.ones(n, device=device)
     best = min(seconds(lambda: read_sum(x), device) for _ in range(10))
     bandwidth = x.nbytes / best / 1e9
-    file = CACHE_DIR / "bandwidth.json"
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        known = {}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_suffix(f".{os.getpid()}.tmp")
-    tmp.write_text(json.dumps(known | {device_name(device): bandwidth}))
-    tmp.replace(file)
+    remember_bandwidth(device, bandwidth)
     return bandwidth
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for all that was launched on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def seconds(work: Callable, device: torch.device) -> float:
-    """Wall-clock seconds of one call, the device's work included."""
-    synchronize(device)
-    begin = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - begin
 
 
 def random_weights(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -231,144 +195,6 @@ def measure(
     }
 
 
-class CoinSampler(Sampler):
-    """Keeps each proposed token by a coin of probability `acceptance`, whatever the models say of it.
-
-    For random weights, which agree on nothing: the text means nothing, and the work is that of a real step.
-    """
-
-    def __init__(self, acceptance: float, *settings):
-        super().__init__(*settings)
-        self.acceptance = acceptance
-
-    def verify(self, logits: Tensor, proposed: Tensor, probs: Sequence[Tensor], noise: Tensor | None) -> Tensor:
-        """As a Sampler's, with the coins' outcome."""
-        real = super().verify(logits, proposed, probs, noise)
-        count = count_kept(torch.rand(proposed.shape, device=proposed.device) < self.acceptance)
-        # Of the real outcome what can be used is, so that no compiler leaves the work out.
-        following = torch.where(real >= 0, real, real[:, :1]).gather(1, count)
-        return kept_and_next(proposed, count, following)
-
-
-@torch.no_grad()
-def pass_ms(model: Transformer, T: int, batch: int, context: int, compile: bool) -> float:
-    """Milliseconds of one forward of T tokens a row, after `context` ones; on CUDA a captured graph, if compiled."""
-    device = model.tok_embeddings.weight.device
-    model.setup_caches(batch, context + T)
-    tokens = torch.randint(model.args.vocab_size, (batch, T), device=device)
-    input_pos = torch.arange(context, context + T, device=device).expand(batch, T).contiguous()
-    runner, slots = Speculation(fill, graph_slots, compile=compile), graph_slots(model, context + T)
-    forward = compile_step(Transformer.forward, 3) if compile else Transformer.forward
-    many = 20 if device.type == "cuda" else 5
-
-    def work():
-        forward(model, tokens, input_pos, slots)
-
-    def repeat():
-        for _ in range(many):
-            runner.run((), work, [tokens])
-
-    repeat()
-    return 1e3 * statistics.median(seconds(repeat, device) for _ in range(10)) / many
-
-
-def measure_speculation(
-    model: Transformer, draft: Transformer, k: int, acceptance: float | None, prompt_tokens: int, new_tokens: int,
-    batch: int, temperature: float, top_k: int | None, compile: bool, runs: int,
-) -> dict:  # fmt: skip
-    """Plain and speculative decoding of one model in one process -> speeds, and where a speculative step's time goes.
-
-    tok_s, plain_tok_s, speedup: as measure's, prefill included. step_ms: from the first token, which prefill gives, to
-    the last, without the draft's catching up with the prompt, by steps; draft_ms: of which proposing. verify_cost_T: a
-    forward of T tokens over one of one token. other_ms: what a speculative step takes beyond the forwards of draft and
-    target: sampling, acceptance, bookkeeping, launches. acceptance: forced; None: as it comes.
-    """
-    settings = (prompt_tokens, new_tokens, batch, temperature, top_k, compile, runs)
-    plain = measure(model, *settings)
-    sampler = Sampler(temperature, top_k) if acceptance is None else CoinSampler(acceptance, temperature, top_k)
-    how = Speculation(fill, graph_slots, k, draft, compile)
-    how.setup_caches(batch, prompt_tokens + new_tokens + MAX_K)
-    took, stats = [], []
-    ours = measure(model, *settings, sampler=sampler, speculation=how,
-                   after=lambda seconds: (took.append(seconds), stats.append(how.statistics)))  # fmt: skip
-    steps, all_took = sum(s.steps for s in stats), zip(took, stats, strict=True)
-    step_ms = 1e3 * statistics.median((seconds - s.catching_up) / s.steps for seconds, s in all_took)
-    context = prompt_tokens + new_tokens // 2
-    target_ms = {T: pass_ms(model, T, batch, context, compile) for T in sorted({1, 5, 8, k + 1})}
-    draft_ms = {T: pass_ms(draft, T, batch, context, compile) for T in (1, 2)}
-    return {
-        "k": k,
-        "simulated_acceptance": acceptance,
-        "acceptance": sum(sum(s.kept) for s in stats) / sum(sum(s.reached) for s in stats),
-        "tokens_per_step": sum(s.tokens for s in stats) / sum(s.rows for s in stats),
-        "plain_tok_s": plain["tok_s"],
-        "tok_s": ours["tok_s"],
-        "speedup": ours["tok_s"] / plain["tok_s"],
-        "plain_step_ms": plain["decode_step_ms"],
-        "step_ms": step_ms,
-        "decode_pass_ms": target_ms[1],
-        "verify_pass_ms": target_ms[k + 1],
-        "verify_cost_5": target_ms[5] / target_ms[1],
-        "verify_cost_8": target_ms[8] / target_ms[1],
-        "draft_pass_ms": draft_ms[1],
-        "other_ms": step_ms - target_ms[k + 1] - draft_ms[2] - (k - 1) * draft_ms[1],
-        "draft_ms": 1e3 * sum(s.seconds["draft"] - s.catching_up for s in stats) / steps,
-        "compile_s": ours["compile_s"],
-        "weights_gb": plain["weights_gb"],
-        "draft_weights_gb": weight_bytes(draft) / 1e9,
-        "peak_memory_gb": ours["peak_memory_gb"],
-    }
-
-
-def measure_bundled_pair(device: torch.device, prompts: int = 16, new_tokens: int = 100) -> Iterator[dict]:
-    """The bundled models completing their held-out Python, greedy, compiled, by each way to propose; a row each.
-
-    Prompts are 200 tokens. Each is decoded with and without speculation in turn, so that what else the machine does
-    falls on both. Speeds count from the first new token to the last.
-    """
-    tokenizer, sampler = Tokenizer(DEMO), Sampler()
-    text = (DEMO / "heldout.txt").read_text()
-    starts = [text.index("\n", i * len(text) // prompts) + 1 for i in range(prompts)]
-    ids = [tokenizer.encode(text[i : i + 2000])[:200] for i in starts]
-    model = load_model(DEMO, device, torch.bfloat16)
-    model.setup_caches(1, 300 + MAX_K)
-    plain = {"decode": compile_decode(model)}
-
-    def decode_seconds(prompt, **steps) -> float:
-        for i, _ in enumerate(generate(model, [prompt], new_tokens, sampler, **steps)):
-            if i == 0:
-                begin = time.perf_counter()
-        synchronize(device)
-        return time.perf_counter() - begin
-
-    for name, source in (("lookup", None), ("demo/draft", DEMO / "draft"), ("itself in int8", DEMO)):
-        recipe = pick_recipe("int8" if source == DEMO else None, None)
-        draft = source and load_model(source, device, torch.bfloat16, recipe)
-        for k in (4, "auto"):
-            how = Speculation(fill, graph_slots, k, draft, compile=True)
-            how.setup_caches(1, 300 + MAX_K)
-            begin, steps = time.perf_counter(), {**plain, "speculation": how}
-            for _ in how.every_depth():
-                warm_up(model, lambda p, n, steps=steps, **kw: generate(model, p, n, sampler, **steps, **kw), 300)
-            compile_s, took, stats = time.perf_counter() - begin, [], []
-            for prompt in ids:
-                took.append((decode_seconds(prompt, **plain), decode_seconds(prompt, **steps)))
-                stats.append(how.statistics)
-            before, ours = map(sum, zip(*took, strict=True))
-            reached, decoded = sum(sum(s.reached) for s in stats), prompts * (new_tokens - 1)
-            yield {
-                "kind": "speculation", "model": "demo", "mode": "bf16", "draft": name, "k": k,
-                "simulated_acceptance": None, "batch": 1, "prompt_tokens": 200, "new_tokens": new_tokens,
-                "acceptance": sum(sum(s.kept) for s in stats) / max(reached, 1),
-                "kept_share": sum(sum(s.kept) for s in stats) / max(sum(sum(s.proposed) for s in stats), 1),
-                "tokens_per_step": decoded / sum(s.steps for s in stats),
-                "plain_tok_s": decoded / before, "tok_s": decoded / ours, "speedup": before / ours,
-                "median_speedup": statistics.median(a / b for a, b in took), "compile_s": compile_s,
-                "draft_share_of_time": sum(s.seconds["draft"] for s in stats) / ours,
-                **circumstances(device),
-            }  # fmt: skip
-
-
 def record(row: dict) -> None:
     """Append a row to benchmarks/results.jsonl."""
     RESULTS.parent.mkdir(exist_ok=True)
@@ -427,19 +253,6 @@ def measure_perplexities(checkpoint_path: str, device: torch.device) -> Iterator
                "tokens": figures["tokens"], **circumstances(device)}  # fmt: skip
 
 
-def speculation_lines(row: dict) -> str:
-    """A row of measure_speculation for people."""
-    forced = " (simulated)" if row["simulated_acceptance"] is not None else ""
-    lines = (
-        "{model} {mode} with {draft}, k {k}: {acceptance:.0%} accepted{forced}, {tokens_per_step:.2f} tokens a step",
-        "  {tok_s:.1f} tok/s against {plain_tok_s:.1f} without: {speedup:.2f} times{forced}",
-        "  a step {step_ms:.3f} ms: verify {verify_pass_ms:.3f}, {k} x draft {draft_pass_ms:.3f}, other {other_ms:.3f}",
-        "  plain step {plain_step_ms:.3f} ms, of which {decode_pass_ms:.3f} are the forward",
-        "  a forward of 5 tokens costs {verify_cost_5:.2f} times one of 1, of 8 {verify_cost_8:.2f} times",
-    )
-    return "\n".join(lines).format(forced=forced, **row)
-
-
 def main(
     shape: list[str],
     checkpoint_path: str | None,
@@ -474,7 +287,7 @@ def main(
         except ImportError:
             print("benchmark.py: no plot without matplotlib: pip install matplotlib", file=sys.stderr)
         return
-    ranks = tp.init_dist(all_reduce)
+    ranks = lifeline.join(all_reduce)
     if not 1 <= speculate_k <= MAX_K:
         raise ValueError(f"--speculate_k {speculate_k}: it must be from 1 to {MAX_K}")
     if simulate_acceptance is not None:
@@ -504,6 +317,7 @@ def main(
         return
     if speculation:
         for row in measure_bundled_pair(device):
+            row |= circumstances(device)
             print("{draft:<16} k {k!s:<5}{acceptance:>5.0%} accepted{tokens_per_step:>6.2f} tokens a step{tok_s:>9.1f} "
                   "tok/s against{plain_tok_s:>8.1f}{speedup:>6.2f} times".format(**row), flush=True)  # fmt: skip
             if record_row:
@@ -547,8 +361,8 @@ def main(
             row = {"kind": "speculation", "model": name, "mode": kind,
                    "draft": f"{draft_shape or 'itself in'} {draft or dtype_name}", "batch": batch,
                    "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
-                   **measure_speculation(model, proposer, speculate_k, simulate_acceptance, prompt_tokens, new_tokens,
-                                         batch, temperature, top_k, not no_compile, runs),
+                   **measure_speculation(measure, model, proposer, speculate_k, simulate_acceptance, prompt_tokens,
+                                         new_tokens, batch, temperature, top_k, not no_compile, runs),
                    **circumstances(device)}  # fmt: skip
             rows.append(row)
             print(speculation_lines(row), flush=True)
@@ -637,7 +451,7 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     try:
-        with tp.one_voice("benchmark.py"):
+        with lifeline.one_voice("benchmark.py"):
             main(**vars(parser().parse_args()))
     except (ValueError, torch.OutOfMemoryError) as error:
         print(f"benchmark.py: {str(error).splitlines()[0]}", file=sys.stderr)

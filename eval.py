@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import tp
+import lifeline
 from checkpoint import load_model, read_config, resolve
+from machine import DTYPES, pick_device
 from model import pick_kv_dtype
 from tokenizer import Tokenizer
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEMO = Path(__file__).parent / "demo"
 SEPARATOR = "\f"
 DEFAULT_WINDOW = 2048
@@ -326,21 +326,6 @@ def read_documents(path: str | Path, tokenizer: Tokenizer, limit: int | None) ->
     return documents, words, n_bytes
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is; ValueError where it is not available."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        if name.partition(":")[0] not in ("cuda", "mps", "cpu"):
-            raise ValueError(f"--device {name}: not known; known: cuda, cuda:N, mps, cpu")
-        device = torch.empty(0, device=name).device
-        if device.type == "cuda" and device.index:
-            torch.cuda.set_device(device)  # kernels run on the current one
-        return device
-    except (RuntimeError, AssertionError):  # a build without CUDA asserts
-        raise ValueError(f"--device {name}: not available on this machine") from None
-
-
 def weights_mb(model) -> float:
     """Size of all parameters and scales, tied ones once, in MB of 10^6 bytes."""
     return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values()) / 1e6
@@ -375,9 +360,9 @@ def main(
             raise ValueError(f"--{name} {value}: it must be at least 1")
     if groupsize is not None and quant != "int4":
         raise ValueError(f"--groupsize {groupsize}: only --quant int4 has groups")
-    ranks = tp.init_dist()
-    picked = pick_device(device)
-    device = ranks.device(torch.device(device or picked.type)) if ranks else picked
+    ranks = lifeline.join()
+    device = pick_device(device)
+    device = ranks.device(device) if ranks else device
     pick_kv_dtype(kv_dtype, device)
     directory = resolve(checkpoint_path)
     args, config = read_config(directory)
@@ -483,7 +468,7 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     try:
-        with tp.one_voice("eval.py"):
+        with lifeline.one_voice("eval.py"):
             main(**vars(parser().parse_args()))
     except (ValueError, torch.OutOfMemoryError) as error:
         print(f"eval.py: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -12,11 +12,8 @@ Sources: gpt-fast (the loop as one page).
 
 import argparse
 import contextlib
-import copy
 import json
 import os
-import resource
-import shutil
 import signal
 import sys
 import time
@@ -27,18 +24,27 @@ if __name__ == "__main__":  # Ctrl-C during the imports below ends quietly, too
     on_interrupt = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+import lifeline
 import tp
 from checkpoint import load_model, read_config, read_json, resolve
-from model import ModelArgs, Transformer, pick_kv_dtype
-from quantize import QuantLinear, make_recipe, swap_linears
+from draft import load_draft, pick_k
+from graphs import GraphedDecode, GraphedPrefill, graph_slots, reads_own_length, slots_for
+from machine import (
+    CACHE_DIR,
+    check_compiler,
+    peak_bandwidth,
+    peak_memory_gb,
+    pick_device,
+    pick_dtype,
+)
+from model import Transformer, pick_kv_dtype
+from quantize import QuantLinear, make_recipe
 from sampling import Sampler, sample
 from speculative import MAX_K, Speculation, speculate
 from tokenizer import Tokenizer
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hotloop"
 PREFILL_CHUNK = {"cpu": 512, "cuda": 8192, "mps": 512}  # tokens of a prompt that go through the model at once
 CHAT_CONTEXT = 8192  # tokens of cache that a chat allocates unless --max_seq_len says otherwise
 
@@ -81,114 +87,10 @@ def compile_decode(model: Transformer) -> Callable:
     return GraphedDecode(decode) if graphed else decode
 
 
-class GraphedDecode:
-    """A decode step captured as a CUDA graph for each batch size and number of slots, the first time it is met.
-
-    The graph reads token and position from buffers of its own and leaves the next ones there, so that a step is one
-    launch; mode="reduce-overhead" does the same but checks and copies its inputs each time, 0.3 ms for a small model.
-    """
-
-    def __init__(self, step: Callable):
-        self.step, self.graphs, self.buffers = step, {}, {}  # step: as `advance`
-
-    def __call__(self, model, token, input_pos, slots, sample):
-        """As decode_one_token; the tensors returned are overwritten by the next call."""
-        if reads_own_length(model):
-            slots = model.slots
-        if token.shape[0] not in self.buffers:
-            self.buffers[token.shape[0]] = token.clone(), input_pos.clone()
-        buffers = self.buffers[token.shape[0]]
-        if token is not buffers[0]:
-            buffers[0].copy_(token)
-            buffers[1].copy_(input_pos)
-        memory = [b.data_ptr() for b in sample.buffers()] if isinstance(sample, nn.Module) else []
-        # What is reallocated needs a new graph, and so do another model and sampler, which are kept for their ids.
-        sizes = (token.shape[0], slots.shape[0], model.max_batch_size, model.max_seq_len)
-        key = (id(model), id(sample), *sizes, *memory)
-        if key not in self.graphs:
-            self.graphs[key] = self.capture(model, buffers, slots, sample), model, sample
-        self.graphs[key][0].replay()
-        return buffers
-
-    def capture(self, model, buffers, slots, sample) -> torch.cuda.CUDAGraph:
-        """Compile and warm up on a side stream, with the sampler's memory as it was afterwards, then record."""
-        kept = {name: b.clone() for name, b in sample.named_buffers()} if isinstance(sample, nn.Module) else {}
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.step(model, buffers[0].clone(), buffers[1].clone(), slots, sample)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step(model, *buffers, slots, sample)
-        for name, b in kept.items():
-            sample.get_buffer(name).copy_(b)
-        return graph
-
-
 def compile_prefill(model: Transformer) -> Callable:
     """`prefill`, replayed as CUDA graphs where launching its kernels takes longer than running them: on a GPU."""
     graphed = model.tok_embeddings.weight.is_cuda and not model.args.n_experts  # experts ask the host for their rows
-    return GraphedPrefill() if graphed else prefill
-
-
-class GraphedPrefill:
-    """`prefill`, captured for short chunks as a CUDA graph, the second time one of its size is met: of each number of
-    tokens up to 8, since rows so few cost by their number, and of each power of two beyond.
-
-    A chunk is filled up to that size by repeating its last token at its own position, which changes nothing. Long ones
-    run eagerly: there the device is the slower one, and graphs for every length would take its memory.
-    """
-
-    EXACT, LARGEST = 8, 512
-
-    def __init__(self):
-        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
-
-    def __call__(self, model, tokens, input_pos, slots):
-        """As prefill; the logits returned are overwritten by the next call."""
-        B, T = tokens.shape
-        size = T if T <= self.EXACT else 1 << (T - 1).bit_length()
-        if size > self.LARGEST:
-            return prefill(model, tokens, input_pos, slots)
-        if T < size:
-            repeated = torch.arange(size, device=tokens.device).clamp(max=T - 1)
-            tokens, input_pos = tokens[:, repeated], input_pos[:, repeated]
-            slots = slots_for(model, T) if slots.shape[0] == 0 else slots
-        key = (id(model), B, size, slots.shape[0], model.max_batch_size, model.max_seq_len)
-        if key not in self.graphs:
-            self.graphs[key] = None
-            return prefill(model, tokens, input_pos, slots)
-        if self.graphs[key] is None:
-            buffers, graph = (tokens.clone(), input_pos.clone()), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                logits = prefill(model, *buffers, slots)
-            self.graphs[key] = graph, buffers, logits, model
-        graph, buffers, logits, _ = self.graphs[key]
-        buffers[0].copy_(tokens)
-        buffers[1].copy_(input_pos)
-        graph.replay()
-        return logits
-
-
-def reads_own_length(model: Transformer) -> bool:
-    """Whether decode attention finds each row's length on the device, whatever slots it is given."""
-    return getattr(model.layers[0].attention, "reads_own_length", False)
-
-
-def graph_slots(model: Transformer, length: int) -> Tensor:
-    """`slots_for`, but one size for all where attention does not look at it: fewer graphs."""
-    return model.slots if reads_own_length(model) else slots_for(model, length)
-
-
-def slots_for(model: Transformer, length: int) -> Tensor:
-    """The cache slots to attend to for a context of `length` tokens: rounded up, by at most a quarter beyond 1,024.
-
-    Coarse steps keep the number of CUDA graphs (one for each size) small; attention reads what is rounded up too.
-    """
-    step = max(256 if model.slots.is_cuda else 64, 1 << max(0, length.bit_length() - 3))
-    return model.slots[: -(-length // step) * step]
+    return GraphedPrefill(prefill) if graphed else prefill
 
 
 @torch.no_grad()
@@ -368,28 +270,6 @@ def weight_bytes(model: Transformer) -> float:
     return total
 
 
-def device_name(device: torch.device) -> str:
-    """What the recorded measurements call a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """The most memory held so far: on the GPU where there is one, else by the process. GB = 10^9 bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def peak_bandwidth(device: torch.device) -> float | None:
-    """Read bandwidth in GB/s as `benchmark.py` last measured it on this device; None: it has not yet."""
-    try:
-        return json.loads((CACHE_DIR / "bandwidth.json").read_text())[device_name(device)]
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def report(result: dict) -> str:
     """The figures of a result as a few lines for people."""
 
@@ -425,37 +305,6 @@ def report(result: dict) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- the steps
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is; ValueError where it is not available."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if kind not in counts or (index and not index.isdigit()):
-        raise ValueError(f"--device {name}: not known; known: {', '.join(counts)} (or cuda:N)")
-    if int(index or 0) >= counts[kind]:
-        there = ", ".join(f"{k} ({n})" for k, n in counts.items() if n)
-        raise ValueError(f"--device {name}: not available on this machine; available: {there}")
-    if index:
-        torch.cuda.set_device(int(index))  # kernels and graphs run on the current one
-    return torch.device(name)
-
-
-def check_compiler(device: torch.device) -> None:
-    """ValueError where torch.compile would find no C++ compiler, which it needs on a CPU."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as Inductor looks for it
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise ValueError(f"--compile on a CPU needs a C++ compiler, and there is no {compiler}: install it, or name "
-                         "another one in CXX, or leave --compile out")  # fmt: skip
-
-
-def pick_dtype(name: str | None) -> torch.dtype | None:
-    """bf16 | fp16 | fp32 -> torch dtype; None: as the checkpoint has it."""
-    if name is not None and name not in DTYPES:
-        raise ValueError(f"--dtype {name}: not known; known: {', '.join(DTYPES)}")
-    return DTYPES[name] if name else None
-
-
 def pick_recipe(quant: str | None, groupsize: int | None) -> dict | None:
     """The quantization recipe of --quant and --groupsize."""
     if quant is None:
@@ -463,89 +312,6 @@ def pick_recipe(quant: str | None, groupsize: int | None) -> dict | None:
             raise ValueError(f"--groupsize {groupsize}: it belongs to --quant int4")
         return None
     return make_recipe(quant, groupsize)
-
-
-def pick_k(speculate_k: str | None, draft: str | None, draft_path: str | None, compare: bool) -> int | str | None:
-    """How many tokens to propose, a number or "auto"; None without a proposer."""
-    if draft == "lookup" and draft_path:
-        raise ValueError(f"--draft lookup looks in the text itself; leave out --draft_checkpoint_path {draft_path}")
-    if not (draft or draft_path):
-        if speculate_k is not None or compare:
-            flag = "--compare" if speculate_k is None else f"--speculate_k {speculate_k}"
-            raise ValueError(f"{flag}: nothing proposes; give --draft lookup|int8|int4 or --draft_checkpoint_path DIR")
-        return None
-    speculate_k = "4" if speculate_k is None else speculate_k
-    if speculate_k != "auto" and not (speculate_k.isdecimal() and 1 <= int(speculate_k) <= MAX_K):
-        raise ValueError(f"--speculate_k {speculate_k}: it must be auto, or a number from 1 to {MAX_K}")
-    return speculate_k if speculate_k == "auto" else int(speculate_k)
-
-
-def load_draft(model: Transformer, directory: Path, draft_path: str | None, draft: str | None, quant: str | None,
-               dtype: torch.dtype | None, context: int,
-               kv_dtype: torch.dtype | None = None) -> Transformer | None:  # fmt: skip
-    """The model that proposes: of another checkpoint, or the target's own weights quantized; None for a lookup.
-
-    draft: "int8" or "int4" quantizes it, "lookup" is none. context: tokens that both caches have to hold, in kv_dtype
-    or the model's. ValueError where it has another tokenizer, too short a context, or no room in memory.
-    """
-    if draft == "lookup":
-        return None
-    device = model.tok_embeddings.weight.device
-    source = resolve(draft_path) if draft_path else directory
-    args, config = read_config(source)
-    stored = config.get("quantization")
-    if draft_path is None and draft == (stored["mode"] if stored else quant):
-        raise ValueError(f"--draft {draft}: the model itself is {draft} already; give --draft lookup or another model")
-    if draft_path:
-        if difference := Tokenizer(source).difference(Tokenizer(directory)):
-            raise ValueError(f"{source}: another tokenizer than {directory} has, so it cannot propose: {difference}")
-        if args.max_seq_len < context:
-            raise ValueError(f"{source}: the draft has a context of {args.max_seq_len} tokens, {context} are needed; "
-                             "give fewer --max_new_tokens, a shorter prompt or (in a chat) a smaller --max_seq_len")
-    recipe = make_recipe(draft) if draft else None
-    need = memory_of(args, recipe or stored, dtype or model.tok_embeddings.weight.dtype, context, kv_dtype)
-    need //= tp.current().world if tp.current() else 1
-    free = free_memory(device)
-    if free is not None and need > free:
-        raise ValueError(f"{source}: the draft needs {need / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are "
-                         "free; give --draft int4, a smaller draft, or --draft lookup, which needs none")
-    model_of_draft = load_model(source, device, dtype, recipe)
-    if not draft_path:
-        share_weights(model_of_draft, model)
-    return model_of_draft
-
-
-def share_weights(draft: Transformer, model: Transformer) -> None:
-    """What was not quantized in a model's self-draft becomes the model's own: embedding and norms are held once."""
-    mine = dict(model.named_parameters())
-    for name, parameter in draft.named_parameters():
-        if name in mine and (mine[name].shape, mine[name].dtype) == (parameter.shape, parameter.dtype):
-            parameter.data = mine[name].data
-
-
-def memory_of(
-    args: ModelArgs, recipe: dict | None, dtype: torch.dtype, context: int, kv_dtype: torch.dtype | None = None
-) -> int:
-    """Bytes of a model's weights, quantized by a recipe or not, and of its KV cache for so many tokens."""
-    with torch.device("meta"):
-        model = Transformer(args)
-    if recipe:
-        swap_linears(model, copy.deepcopy(recipe))
-    weights = sum(p.numel() * dtype.itemsize for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    head = args.head_dim * kv_dtype.itemsize + 2 if kv_dtype else args.head_dim * dtype.itemsize  # 2: its scale
-    return weights + 2 * args.n_layers * args.n_kv_heads * context * head
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated; None where that is not known."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
 
 
 def own_sampling(directory: Path) -> dict:
@@ -661,7 +427,7 @@ def main(
     profile: str | None,
     all_reduce: str = "auto",
 ) -> None:
-    ranks = tp.init_dist(all_reduce)
+    ranks = lifeline.join(all_reduce)
     device, dtype = pick_device(device), pick_dtype(dtype)
     device = ranks.device(device) if ranks else device
     kv = pick_kv_dtype(kv_dtype, device)
@@ -830,7 +596,7 @@ def parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, on_interrupt)
     try:
-        with tp.one_voice("generate.py"):
+        with lifeline.one_voice("generate.py"):
             main(**vars(parser().parse_args()))
     except (ValueError, torch.OutOfMemoryError) as error:
         print(f"generate.py: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import load_model, read_config, resolve, save_checkpoint
+from machine import DTYPES, pick_device
 from model import Transformer
 from tokenizer import Tokenizer
 
 SEPARATOR = "\f"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "generation_config.json")  # fmt: skip
 SYNC_EVERY = 10  # steps between looks at the device: the host never runs further ahead, nor waits at each step
@@ -76,7 +76,7 @@ def read_tokens(text_file: str, tokenizer_dir: str) -> np.ndarray:
     return np.fromfile(cache, dtype="<u4")
 
 
-def load_tokens(text_files: list[str], tokenizer_dir: str, vocab_size: int, device: str) -> Tensor:
+def load_tokens(text_files: list[str], tokenizer_dir: str, vocab_size: int, device: torch.device) -> Tensor:
     """All files' tokens as one tensor on the device, int16 (a vocabulary up to 65536, as bit patterns) or int32."""
     tokens = np.concatenate([read_tokens(f, tokenizer_dir) for f in text_files])
     if len(tokens) and tokens.max() >= vocab_size:
@@ -266,7 +266,7 @@ class Report:
 
 def main(text, valid_text, config, checkpoint_path, tokenizer, out_dir, device, seed, json_line, **settings) -> int:
     """Parse -> model -> tokens -> train -> report. Returns the exit code."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device, ("cuda", "cpu"))
     source = checkpoint_path or (config.removesuffix("config.json") or "." if config.endswith(".json") else config)
     tokenizer = tokenizer or str(resolve(source))
     args, _ = read_config(source)
@@ -322,7 +322,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--weight_decay", type=float, default=0.1, help="AdamW's weight decay, on matrices only")
     add("--beta2", type=float, default=0.95, help="AdamW's second beta")
     add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0: no clipping")
-    add("--dtype", choices=DTYPES, default="bf16", help="of the arithmetic and of the exported weights")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the arithmetic and of the exported weights")
     add("--device", help="cuda or cpu (default: cuda where there is one)")
     add("--compile", action="store_true", help="compile the loss with torch.compile")
     add("--seed", type=int, default=0, help="of the initialization and of the crops")

@@ -1,6 +1,10 @@
 """Shared by all tests: no network, and tiny random models."""
 
 import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: a test must never reach for the network
 
@@ -12,6 +16,37 @@ from model import ModelArgs, Transformer  # noqa: E402
 TINY = dict(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=97, max_seq_len=4096
 )  # fmt: skip
+
+
+INTERPRETED = "test_kernels_under_the_interpreter"
+
+
+def pytest_collection_modifyitems(items):
+    """That test last: it waits for what `kernel_tests` starts before the first."""
+    items.sort(key=lambda item: item.name == INTERPRETED)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_tests(request):
+    """(process, file of its output): test_kernels.py under Triton's interpreter; None where it is not asked for.
+
+    The interpreter is chosen for a whole process, when Triton is imported, and takes minutes of one core: it has the
+    other one to itself while the tests here run.
+    """
+    if not any(item.name == INTERPRETED for item in request.session.items):
+        yield None
+        return
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", Path(__file__).with_name("test_kernels.py")], env=environment,
+            stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            yield process, output
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -31,15 +31,28 @@ ALLOWED = {
     "tokenizer": (set(), set()),
     "gptq": (set(), set()),
     "tp": (set(), set()),
+    "lifeline": ({"tp"}, set()),
     "speculative": (set(), set()),
-    "quantize": ({"kernels", "kernels_cpu"}, {"checkpoint", "gptq", "tokenizer", "kernels", "kernels_cpu", "model"}),
+    "quantize": ({"kernels", "kernels_cpu"}, {"calibrate", "checkpoint", "gptq", "machine", "model"}),
+    "calibrate": ({"gptq", "model", "tokenizer"}, set()),
     "convert_hf_checkpoint": ({"model"}, {"checkpoint"}),
     "checkpoint": ({"model", "quantize", "tp", "convert_hf_checkpoint", "kernels", "kernels_cpu"}, set()),
     "tables": (set(), set()),
+    "machine": (set(), set()),
+    "graphs": (set(), set()),
+    "draft": ({"checkpoint", "machine", "model", "quantize", "speculative", "tokenizer", "tp"}, set()),
     "sampling": ({"kernels", "speculative", "tp"}, set()),
-    "generate": ({"checkpoint", "tokenizer", "sampling", "speculative", "tp", "model", "quantize"}, set()),
-    "eval": ({"checkpoint", "tokenizer", "tp", "model", "generate", "quantize"}, set()),
-    "train": ({"model", "checkpoint", "tokenizer", "convert_hf_checkpoint"}, set()),
+    "generate": (
+        {"checkpoint", "draft", "graphs", "lifeline", "machine", "model", "quantize", "sampling", "speculative"}
+        | {"tokenizer", "tp"},
+        set(),
+    ),
+    "eval": ({"checkpoint", "tokenizer", "lifeline", "machine", "model"}, set()),
+    "train": ({"model", "machine", "checkpoint", "tokenizer"}, set()),
+    "benchmark_speculation": (
+        {"checkpoint", "generate", "graphs", "machine", "model", "quantize", "sampling", "speculative", "tokenizer"},
+        set(),
+    ),
     "benchmark": (ALL - {"benchmark"}, set()),
 }
 LEAVES = [name for name, (top, _) in ALLOWED.items() if not top and name in FILES]

@@ -1,12 +1,10 @@
 """Each kernel against its plain PyTorch reference: on a GPU where there is one, else under Triton's interpreter.
 
 The interpreter is chosen when Triton is imported, for the whole process, so on a CPU these tests run in a second
-pytest of their own, started by the first test below.
+pytest of their own, beside the first: conftest.py starts it, and the first test below looks at how it ended.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,13 +21,13 @@ DEVICE = "cuda" if GPU else "cpu"
 
 if not (INTERPRETED or GPU):
 
-    def test_kernels_under_the_interpreter():
+    def test_kernels_under_the_interpreter(kernel_tests):
         pytest.importorskip("triton", reason="Triton is not installed: its interpreter runs the kernels on a CPU")
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", __file__], env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert run.returncode == 0 and "passed" in run.stdout, run.stdout[-3000:] + run.stderr[-2000:]
+        process, output = kernel_tests
+        code = process.wait()
+        output.seek(0)
+        text = output.read()
+        assert code == 0 and "passed" in text, text[-5000:]
 
     @pytest.mark.gpu
     def test_kernels_on_a_gpu():

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import calibrate
 import checkpoint
 import eval as evaluation
 import gptq
@@ -516,7 +517,7 @@ def test_gptq_streams_any_model(tiny, changes):
         if method == "gptq":
             with torch.device("meta"):
                 linears = swap_linears(Transformer(model.args), recipe)
-            stream = quantize.calibrate(model.args, stream, linears, tokens, torch.device("cpu"), True)
+            stream = calibrate.calibrate(model.args, stream, linears, tokens, torch.device("cpu"), True)
         quant = build_model(model.args, stream, quant=recipe)
         first = quant.layers[0].qkv(quant.tok_embeddings(tokens)) - model.layers[0].qkv(model.tok_embeddings(tokens))
         losses[method] = first.square().mean(), (quant(tokens) - model(tokens)).square().mean()
@@ -534,11 +535,11 @@ def test_gptq_learns_from_the_inputs_of_the_quantized_model(tiny, monkeypatch, c
     real = gptq.gptq
     monkeypatch.setattr(gptq, "gptq", lambda w, hessian, *a, **k: (seen.append(hessian), real(w, hessian, *a, **k))[1])
     state = {k: v for k, v in model.state_dict().items() if not (model.args.tie_embeddings and k == "output.weight")}
-    stream = quantize.calibrate(model.args, state.items(), linears, tokens, torch.device("cpu"), True)
+    stream = calibrate.calibrate(model.args, state.items(), linears, tokens, torch.device("cpu"), True)
     plain = dequantized(build_model(model.args, stream, quant=recipe))
     for name, module in plain.named_modules():
         if name in linears:  # a linear's inputs come after all that stands before it was quantized
-            caught.append(quantize._hessians(module, plain, tokens.split(50)))
+            caught.append(calibrate._hessians(module, plain, tokens.split(50)))
     caught = [sums[key] for sums in caught for key in sorted(sums, key=lambda k: k or 0)]
     assert len(seen) == len(caught) == (1 + 2 * (2 + 2 * 4) if "n_experts" in changes else 9)
     for a, b in zip(seen, caught, strict=True):
@@ -557,7 +558,7 @@ def test_gptq_of_an_expert_that_no_token_reaches(tiny):
     with torch.device("meta"):
         linears = swap_linears(Transformer(model.args), recipe)
     stream = model.state_dict().items()
-    stored = dict(quantize.calibrate(model.args, stream, linears, tokens, torch.device("cpu"), True))
+    stored = dict(calibrate.calibrate(model.args, stream, linears, tokens, torch.device("cpu"), True))
     name = "layers.0.moe.gate_up"
     q, scale, zero = gptq.rtn(model.state_dict()[f"{name}.weight"], 64)
     same = [torch.equal(stored[f"{name}.weight"][e], pack_nibbles(q[e])) for e in range(4)]

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for --many; pytest has it already
 
 import benchmark  # noqa: E402
+import benchmark_speculation  # noqa: E402
+import draft as drafts  # noqa: E402
 import generate as program  # noqa: E402
 import sampling  # noqa: E402
 import speculative  # noqa: E402
@@ -612,7 +614,7 @@ def test_statistics(tiny):
 
 # --------------------------------------------------------------------------------------------------------- benchmark
 def test_simulated_acceptance_is_what_was_asked_for(tiny):
-    sampler = benchmark.CoinSampler(0.8, 0.0, None)
+    sampler = benchmark_speculation.CoinSampler(0.8, 0.0, None)
     how = speculation(4, tiny(seed=1))  # agrees on nothing
     columns(generate(tiny(), [tokens(5, seed=i) for i in range(8)], 200, sampler, speculation=how))
     assert 0.77 < how.statistics.summary()["acceptance"] < 0.83
@@ -620,13 +622,15 @@ def test_simulated_acceptance_is_what_was_asked_for(tiny):
 
 def test_benchmark_tells_simulated_rows(tiny):
     for acceptance in (0.9, None):
-        figures = benchmark.measure_speculation(tiny(), tiny(), 3, acceptance, 5, 30, 1, 0.8, 10, False, 2)
+        figures = benchmark_speculation.measure_speculation(
+            benchmark.measure, tiny(), tiny(), 3, acceptance, 5, 30, 1, 0.8, 10, False, 2
+        )
         assert (figures["acceptance"] > 0.99) == (acceptance is None) and figures["tokens_per_step"] > 2
         parts = figures["verify_pass_ms"] + 3 * figures["draft_pass_ms"] + figures["other_ms"]
         assert parts == pytest.approx(figures["step_ms"], rel=0.5)
         row = {"kind": "speculation", "model": "m", "mode": "bf16", "draft": "d", "batch": 1, "device": "D",
                "commit": "c", "torch": "2", "date": "today", **figures}  # fmt: skip
-        for text in (benchmark.speculation_lines(row), tables.speculation_table([row])):
+        for text in (benchmark_speculation.speculation_lines(row), tables.speculation_table([row])):
             assert ("simulated" in text) == (acceptance is not None)
 
 
@@ -691,7 +695,7 @@ def test_compare_changes_neither_sampling_nor_chat(monkeypatch, capsys):
 
 def test_self_draft_shares_what_is_not_quantized():
     model = load_model(DEMO)
-    draft = program.load_draft(model, DEMO, None, "int8", None, None, 100)
+    draft = drafts.load_draft(model, DEMO, None, "int8", None, None, 100)
     assert draft.tok_embeddings.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
     assert draft.norm.weight.data_ptr() == model.norm.weight.data_ptr()
     assert type(draft.output).__name__ == "Int8Linear" and type(model.output).__name__ != "Int8Linear"
@@ -757,10 +761,10 @@ def test_a_draft_of_too_short_a_context(other):
 
 
 def test_no_memory_for_both(monkeypatch):
-    monkeypatch.setattr(program, "free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(drafts, "free_memory", lambda device: 1_000_000)
     line = refused("--draft", "int8")
     assert "needs 0.0 GB" in line and "free" in line and "lookup" in line
-    assert program.memory_of(load_model(DEMO).args, None, torch.bfloat16, 0) == pytest.approx(13.9e6, rel=0.02)
+    assert drafts.memory_of(load_model(DEMO).args, None, torch.bfloat16, 0) == pytest.approx(13.9e6, rel=0.02)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 
 import kernels
 import kernels_cuda
+import lifeline
 import tp
 from checkpoint import Weights, convert_checkpoint, load_model, read_config
 from generate import Sampler, generate
@@ -128,8 +129,8 @@ RULES = {
 def worker(folder: Path) -> None:
     """Run every case on this rank, save what comes out; tokens must be the same on all ranks."""
     torch.set_num_threads(1)
-    with tp.one_voice("worker"):
-        ranks = tp.init_dist()
+    with lifeline.one_voice("worker"):
+        ranks = lifeline.join()
         results = {}
         for name, directory, dtype, recipe in json.loads((folder / "cases.json").read_text()):
             results[name] = outputs(Path(directory), dtype, recipe, name in THOROUGH)
@@ -392,7 +393,7 @@ def saboteur(argv: list[str]) -> None:
     import generate as program
 
     victim, kind, *argv = argv
-    with tp.one_voice("generate.py"):
+    with lifeline.one_voice("generate.py"):
         if os.environ["RANK"] == victim:
             calls, features, read = [], Transformer.features, Weights.read
 
