@@ -25,9 +25,9 @@ CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "h
 def pick_device(name: str | None, kinds: Sequence[str] = ("cuda", "mps", "cpu")) -> torch.device:
     """The device of that name, or the first of `kinds` that there is; ValueError where it is not available."""
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    counts = {kind: counts[kind] for kind in kinds}
     if name is None:
-        name = next(kind for kind, n in counts.items() if n)
+        name = next(kind for kind in kinds if counts[kind])
+    counts = {kind: counts[kind] for kind in sorted(kinds)}
     kind, _, index = name.partition(":")
     if kind not in counts or (index and not index.isdigit()):
         raise ValueError(f"--device {name}: not known; known: {', '.join(counts)} (or cuda:N)")

@@ -120,6 +120,12 @@ def test_links_and_file_names_lead_somewhere():
         assert (ROOT / name).is_file(), name
 
 
+def test_every_file_has_its_row():
+    rows = " ".join(line.split(" | ")[0] for line in README.splitlines() if line.startswith("| ["))
+    files = {file.name for pattern in ("*.py", "*.cpp", "*.cu") for file in ROOT.glob(pattern)}
+    assert files == {name for name, _ in re.findall(r"\[([a-z_]+\.\w+)\]\((\1)\)", rows)}
+
+
 def test_continuous_integration_runs_the_command_of_the_readme():
     command = next(c for c in "\n".join(blocks("bash")).splitlines() if "pytest" in c)
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
