@@ -29,7 +29,7 @@ import eval
 import lifeline
 import quantize
 import tp
-from benchmark_speculation import measure_bundled_pair, measure_speculation, speculation_lines
+from benchmark_speculation import bundled_line, measure_bundled_pair, measure_speculation, speculation_lines
 from checkpoint import build_model, load_model, resolve
 from draft import share_weights
 from generate import compile_decode, compile_prefill, generate, pick_recipe, warm_up, weight_bytes
@@ -141,6 +141,8 @@ def measure(
 ) -> dict:
     """Generate `runs` times from random prompts -> medians: tok_s, decode_step_ms, ttft_s, ...; times in seconds.
 
+    very_first_s is that of the run that warms up, in which an eager model may compile its kernels.
+
     sampler: another than temperature and top_k make. after: called after each run that counts, with the seconds from
     the first token to the last. steps: what else generate() is to be given.
     """
@@ -179,16 +181,17 @@ def measure(
     step_s = (total - first) / (new_tokens - 1) if new_tokens > 1 else None
     shared = {}
     if ranks:
-        alone = tp.communication_seconds(model, batch)
+        alone, dtype = tp.communication_seconds(model, batch), model.tok_embeddings.weight.dtype
         shared = {"ranks": ranks.world, "all_reduce_us": alone * 1e6 / (2 * model.args.n_layers + 1),
                   "percent_communication": step_s and 100 * alone / step_s,
-                  "all_reduce": "exchange" if ranks.exchanged.get(model.tok_embeddings.weight.dtype) else
+                  "all_reduce": "exchange" if tp.exchanges(batch * model.args.dim, dtype) else
                   "nccl" if device.type == "cuda" else "gloo"}  # fmt: skip
     return shared | {
         "compile_s": compile_s,
         "tok_s": batch * new_tokens / total,
         "decode_step_ms": step_s and 1e3 * step_s,
         "ttft_s": first,
+        "very_first_s": firsts[0],
         "prefill_tok_s": batch * prompt_tokens / first,
         "weights_gb": weight_bytes(model) / 1e9,
         "peak_memory_gb": peak_memory_gb(device),
@@ -206,7 +209,8 @@ def circumstances(device: torch.device) -> dict:
     """What a figure depends on beside its settings: command, commit, device, versions, date."""
     git = ["git", "-C", str(Path(__file__).parent)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    but_rows = [*git, "status", "--porcelain", "-uno", "--", ".", f":!{RESULTS.parent.name}/{RESULTS.name}"]
+    changed = subprocess.run(but_rows, capture_output=True, text=True).stdout.strip()
     return {
         "command": " ".join([f"torchrun --nproc_per_node={tp.current().world}" if tp.current() else "python",
                              Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -250,7 +254,31 @@ def measure_perplexities(checkpoint_path: str, device: torch.device) -> Iterator
             size = sum(f.stat().st_size for f in resolve(directory).glob("*.safetensors")) / 1e6
         yield {"kind": "perplexity", "model": Path(checkpoint_path).name, "mode": mode, "method": method,
                "groupsize": groupsize, "size_mb": size, "perplexity": figures["perplexity"],
-               "tokens": figures["tokens"], **circumstances(device)}  # fmt: skip
+               "tokens": figures["tokens"]}  # fmt: skip
+
+
+HEADER = (f"{'model':<16}{'mode':>9}{'batch':>6}{'GB':>8}{'tok/s':>9}{'step ms':>9}{'of peak':>9}{'first ms':>10}"
+          f"{'compile s':>11}{'peak GB':>9}")  # fmt: skip
+RANKS_HEADER = f"{'ranks':>7}{'us a reduce':>13}{'of step':>9}{'against 1':>11}"
+
+
+def decode_line(row: dict) -> str:
+    """A row of measured decoding below HEADER, of several ranks below RANKS_HEADER, too."""
+    line = (f"{row['model']:<16}{row['mode']:>9}{row['batch']:>6}{row['weights_gb']:>8.2f}{row['tok_s']:>9.1f}"
+            f"{row['decode_step_ms'] or 0:>9.3f}{row['percent_of_peak_bandwidth'] or 0:>8.1f}%"
+            f"{1e3 * row['ttft_s']:>10.1f}{row['compile_s'] or 0:>11.1f}{row['peak_memory_gb']:>9.2f}")  # fmt: skip
+    if "ranks" not in row:
+        return line
+    alone = one_gpu(row, read_rows(RESULTS))
+    gain = f"{row['tok_s'] / alone['tok_s']:>10.2f}x" if alone else f"{'-':>11}"
+    return line + (f"{row['ranks']:>7}{row['all_reduce_us']:>13.1f}{row['percent_communication'] or 0:>8.1f}%{gain}  "
+                   f"{row['all_reduce']}")  # fmt: skip
+
+
+def perplexity_line(row: dict) -> str:
+    """A row of measure_perplexities for people."""
+    return (f"{row['mode']:<12}{row['method'] or '':<6}{row['groupsize'] or '':<5}{row['size_mb']:>8.2f} MB"
+            f"{row['perplexity']:>10.4f}")  # fmt: skip
 
 
 def main(
@@ -308,30 +336,29 @@ def main(
         raise ValueError(f"--kv_dtype {kv_dtype}: {flag} itself decides what to compare; leave one of them out")
     if perplexity and ranks:
         raise ValueError("--perplexity: quantizes with one process; run it without torchrun")
-    if perplexity:
-        for row in measure_perplexities(checkpoint_path or DEMO, device):
-            print(f"{row['mode']:<12}{row['method'] or '':<6}{row['groupsize'] or '':<5}{row['size_mb']:>8.2f} MB"
-                  f"{row['perplexity']:>10.4f}", flush=True)  # fmt: skip
-            if record_row:
-                record(row)
-        return
-    if speculation:
-        for row in measure_bundled_pair(device):
-            row |= circumstances(device)
-            print("{draft:<16} k {k!s:<5}{acceptance:>5.0%} accepted{tokens_per_step:>6.2f} tokens a step{tok_s:>9.1f} "
-                  "tok/s against{plain_tok_s:>8.1f}{speedup:>6.2f} times".format(**row), flush=True)  # fmt: skip
-            if record_row:
-                record(row)
-        return
+    rows = []
+
+    def keep(row: dict, line: Callable[[dict], str]) -> None:
+        rows.append(row | circumstances(device))
+        print(line(rows[-1]), flush=True)
+        if record_row:
+            record(rows[-1])
+
+    def tell() -> None:
+        if json_line:
+            print(json.dumps(rows[0] if len(rows) == 1 else {"rows": rows}))
+
+    if perplexity or speculation:
+        measured = measure_perplexities(checkpoint_path or DEMO, device) if perplexity else measure_bundled_pair(device)
+        for row in measured:
+            keep(row, perplexity_line if perplexity else bundled_line)
+        return tell()
     read_sum(torch.empty(1 << 20, device=device))  # this is part of a start, the measurement is not
     begin = time.perf_counter()
     peak = read_bandwidth(device)
     aside = [time.perf_counter() - begin]
     print(f"{device_name(device)}: reads {peak:,.0f} GB/s (measured), torch {torch.__version__}")
-    print(f"{'model':<16}{'mode':>9}{'batch':>6}{'GB':>8}{'tok/s':>9}{'step ms':>9}{'of peak':>9}{'first ms':>10}"
-          f"{'compile s':>11}{'peak GB':>9}" + (f"{'ranks':>7}{'us a reduce':>13}{'of step':>9}{'against 1':>11}"
-                                             if ranks else ""))  # fmt: skip
-    rows = []
+    print(HEADER + (RANKS_HEADER if ranks else ""))
     for name, mode in itertools.product([checkpoint_path] if checkpoint_path else shape, quant):
         recipe = pick_recipe(None if mode == "none" else mode, groupsize if mode == "int4" else None)
 
@@ -362,12 +389,8 @@ def main(
                    "draft": f"{draft_shape or 'itself in'} {draft or dtype_name}", "batch": batch,
                    "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
                    **measure_speculation(measure, model, proposer, speculate_k, simulate_acceptance, prompt_tokens,
-                                         new_tokens, batch, temperature, top_k, not no_compile, runs),
-                   **circumstances(device)}  # fmt: skip
-            rows.append(row)
-            print(speculation_lines(row), flush=True)
-            if record_row:
-                record(row)
+                                         new_tokens, batch, temperature, top_k, not no_compile, runs)}  # fmt: skip
+            keep(row, speculation_lines)
             del model, proposer
             torch._dynamo.reset()
             if device.type == "cuda":
@@ -376,24 +399,13 @@ def main(
         row = {"model": name, "mode": kind, "batch": batch, "prompt_tokens": prompt_tokens,
                "new_tokens": new_tokens, "load_s": load_s,
                **measure(model, prompt_tokens, new_tokens, batch, temperature, top_k, not no_compile, runs),
-               "read_bandwidth_gbs": peak, **circumstances(device)}  # fmt: skip
+               "read_bandwidth_gbs": peak}  # fmt: skip
         # From the start of the process to the first token, but for the making of random weights.
-        start_s = age and not rows and age - sum(aside) + (row["compile_s"] or 0) + row["ttft_s"]
-        row["start_s"] = start_s or None
+        first_s = row.pop("very_first_s")
+        row["start_s"] = age - sum(aside) + (row["compile_s"] or 0) + first_s if age and not rows else None
         step = row["decode_step_ms"]
         row["percent_of_peak_bandwidth"] = step and 100 * row["weights_gb"] / step * 1e3 / peak
-        rows.append(row)
-        print(f"{name:<16}{kind:>9}{batch:>6}{row['weights_gb']:>8.2f}{row['tok_s']:>9.1f}"
-              f"{step or 0:>9.3f}{row['percent_of_peak_bandwidth'] or 0:>8.1f}%{1e3 * row['ttft_s']:>10.1f}"
-              f"{row['compile_s'] or 0:>11.1f}{row['peak_memory_gb']:>9.2f}", end="" if ranks else "\n",
-              flush=True)  # fmt: skip
-        if ranks:
-            alone = one_gpu(row, read_rows(RESULTS))
-            gain = f"{row['tok_s'] / alone['tok_s']:>10.2f}x" if alone else f"{'-':>11}"
-            print(f"{ranks.world:>7}{row['all_reduce_us']:>13.1f}{row['percent_communication'] or 0:>8.1f}%{gain}  "
-                  f"{row['all_reduce']}", flush=True)  # fmt: skip
-        if record_row:
-            record(row)
+        keep(row, decode_line)
         del model
         torch._dynamo.reset()  # frees the CUDA graphs and their memory
         if device.type == "cuda":
@@ -401,8 +413,7 @@ def main(
             torch.cuda.reset_peak_memory_stats()
     if rows and rows[0].get("start_s"):
         print(f"from the start of the process to the first token: {rows[0]['start_s']:.1f} s, weights not counted")
-    if json_line:
-        print(json.dumps(rows[0] if len(rows) == 1 else {"rows": rows}))
+    tell()
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -167,6 +167,13 @@ def measure_bundled_pair(device: torch.device, prompts: int = 16, new_tokens: in
             }  # fmt: skip
 
 
+def bundled_line(row: dict) -> str:
+    """A row of measure_bundled_pair for people."""
+    line = ("{draft:<16} k {k!s:<5}{acceptance:>5.0%} accepted{tokens_per_step:>6.2f} tokens a step{tok_s:>9.1f} tok/s "
+            "against{plain_tok_s:>8.1f}{speedup:>6.2f} times")  # fmt: skip
+    return line.format(**row)
+
+
 def speculation_lines(row: dict) -> str:
     """A row of measure_speculation for people."""
     forced = " (simulated)" if row["simulated_acceptance"] is not None else ""

@@ -220,5 +220,8 @@ def one_voice(program: str) -> Iterator[None]:
     if not loud and code:
         time.sleep(5)  # rank 0 is about to say the same, and the launcher ends all when the first is gone
     if reason:
-        print(f"{program}: {reason}{detail}", file=sys.stderr if loud else sys.__stderr__)
+        print(f"{program}: {reason}{detail}", file=sys.stderr if loud else sys.__stderr__, flush=True)
+    if tp.current() is not None:  # it failed while it joined or left the others: destructors would wait for them
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)

@@ -24,7 +24,8 @@ CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "h
 
 def pick_device(name: str | None, kinds: Sequence[str] = ("cuda", "mps", "cpu")) -> torch.device:
     """The device of that name, or the first of `kinds` that there is; ValueError where it is not available."""
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    counts = {"mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    counts["cuda"] = torch.cuda.device_count() if torch.cuda.is_available() else 0  # it counts those it cannot use, too
     if name is None:
         name = next(kind for kind in kinds if counts[kind])
     counts = {kind: counts[kind] for kind in sorted(kinds)}
@@ -34,7 +35,7 @@ def pick_device(name: str | None, kinds: Sequence[str] = ("cuda", "mps", "cpu"))
     if int(index or 0) >= counts[kind]:
         there = ", ".join(f"{k} ({n})" for k, n in counts.items() if n)
         raise ValueError(f"--device {name}: not available on this machine; available: {there}")
-    if index:
+    if index and kind == "cuda":
         torch.cuda.set_device(int(index))  # kernels and graphs run on the current one
     return torch.device(name)
 

@@ -206,9 +206,13 @@ def _all_reduce(x: Tensor) -> Tensor:
     return _ranks.exchange(x) if _exchanges(x) else _nccl(x)
 
 
+def exchanges(numel: int, dtype: torch.dtype) -> bool:
+    """Whether tensors of that size go another way than NCCL, if they are whole pieces of 8 bytes."""
+    return 0 < numel <= _ranks.exchanged.get(dtype, 0)
+
+
 def _exchanges(x: Tensor) -> bool:
-    """Whether x goes another way than NCCL."""
-    return 0 < x.numel() <= _ranks.exchanged.get(x.dtype, 0) and _ranks.exchange.supports(x)
+    return exchanges(x.numel(), x.dtype) and _ranks.exchange.supports(x)
 
 
 def _nccl(x: Tensor) -> Tensor:
@@ -241,7 +245,8 @@ def choose_all_reduce(width: int, dtype: torch.dtype, device: torch.device, make
     if ranks is None or device.type != "cuda" or ranks.mode == "nccl":
         return
     others = [i for i in range(ranks.world) if i != ranks.local_rank]
-    one_machine = len(set(ranks.gather(socket.gethostname()))) == 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)), socket.gethostname()  # two machines may have one name
+    one_machine = set(ranks.gather(here)) == {(ranks.world, here[1])}
     linked = one_machine and all(torch.cuda.can_device_access_peer(ranks.local_rank, i) for i in others)
     if not all(ranks.gather(linked and make is not None)):
         return
@@ -250,7 +255,7 @@ def choose_all_reduce(width: int, dtype: torch.dtype, device: torch.device, make
         try:
             exchange = _make_exchange(make, device)
         except (RuntimeError, AttributeError, ImportError) as error:  # no peer access, an older PyTorch
-            reason = str(error).splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reasons = ranks.gather(reason)  # before any rank waits for another's words
         if not any(reasons) and not all(ranks.gather(_sums_are_right(exchange, device))):
             reasons = ["its sums differ from NCCL's or between ranks"]
@@ -292,8 +297,9 @@ def _sums_are_right(exchange: Callable, device: torch.device) -> bool:
         noise = exchange(torch.randn(4096, device=device).to(dtype))  # experts are chosen by such sums
         every = torch.empty(_ranks.world, 4096, dtype=dtype, device=device)
         dist.all_gather_into_tensor(every, noise)
-        same = bool((every == noise).all()) and torch.equal(exchange(noise, gather=True), every)
-        works = works and torch.equal(exchange(exact), _nccl(exact)) and same
+        # All calls first: a rank that has seen enough would leave the others waiting.
+        ours, theirs, gathered = exchange(exact), _nccl(exact), exchange(noise, gather=True)
+        works &= torch.equal(ours, theirs) and torch.equal(gathered, every) and bool((every == noise).all())
     return works
 
 
