@@ -27,11 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to so many rows of x, in bfloat16 and in float32, a kernel beats dequantising and F.linear (measured, AVX-512).
+# Up to so many rows of x, in bfloat16 and in float32, a kernel beats dequantising and F.linear: measured with AVX-512's
+# bf16 products, and without them (AVX2), where both compute in float32.
 MAX_ROWS = {"bf16": (16, 16), "int8": (96, 48), "int4": (96, 48)}
-# Weights to dequantise at once: their memory is then reused, where that of a larger tensor is mapped anew each time,
-# which takes longer than dequantising.
-DEQUANTIZE = 1 << 23
+MAX_ROWS_PLAIN = 32
+SLOW_ROWS = 8  # in bf16 without oneDNN, up to which F.linear beats one in float32, whose weights are made anew
+# Bytes of weights to dequantise at once: their memory is then reused, where that of a larger tensor is mapped anew each
+# time, which takes longer than dequantising.
+DEQUANTIZE = 1 << 24
 
 
 # ----------------------------------------------------------------------------------------------------------- build
@@ -126,34 +129,36 @@ def linear_bf16(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ w.T for w bfloat16 [N, K] contiguous."""
     if _few_rows(x, "bf16"):
         return torch.ops.hotloop.linear_bf16(x.contiguous(), w, _float(bias))
-    return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if x.dtype == w.dtype and (_fast_bf16() or x.numel() <= SLOW_ROWS * x.shape[-1]):
+        return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+    return _blocks(x, w.shape[0], bias, lambda n, dtype: w[n].to(dtype))
 
 
 def linear_int8(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ (w * scale[:, None]).T for w int8 [N, K] and scale float32 [N], contiguous."""
     if _few_rows(x, "int8"):
         return torch.ops.hotloop.linear_int8(x.contiguous(), w, scale, _float(bias))
-    return _blocks(x, w.shape[0], bias, lambda n: dequantize_int8(w[n], scale[n], x.dtype))
+    return _blocks(x, w.shape[0], bias, lambda n, dtype: dequantize_int8(w[n], scale[n], dtype))
 
 
 def linear_int4(x: Tensor, w: Tensor, scales: Tensor, groupsize: int, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ ((q - zero) * scale).T for w, scales of `pack_int4`."""
     if _few_rows(x, "int4"):
         return torch.ops.hotloop.linear_int4(x.contiguous(), w, scales, groupsize, _float(bias))
-    return _blocks(x, w.shape[0], bias, lambda n: dequantize_int4(w[n], scales[n], groupsize, x.shape[-1], x.dtype))
+    K = x.shape[-1]
+    return _blocks(x, w.shape[0], bias, lambda n, dtype: dequantize_int4(w[n], scales[n], groupsize, K, dtype))
 
 
 def max_rows(kind: str, dtype: torch.dtype) -> int:
     """The most rows of x in this dtype for which the kernel of this kind runs, where it can."""
-    return min(MAX_ROWS[kind][dtype == torch.float32], _rows_limit())
+    return MAX_ROWS[kind][dtype == torch.float32] if _has_bf16_products() else MAX_ROWS_PLAIN
 
 
-def _rows_limit() -> int:
-    """Without AVX-512's bf16 products the kernels compute several times slower, and pay for few rows only."""
-    return 1000 if "avx512_bf16" in _cpu_flags() else 4
+def _has_bf16_products() -> bool:
+    return "avx512_bf16" in _cpu_flags()
 
 
-_rows_limit._dynamo_marked_constant = True  # as for `available`
+_has_bf16_products._dynamo_marked_constant = True  # as for `available`
 
 
 def _few_rows(x: Tensor, kind: str) -> bool:
@@ -164,12 +169,24 @@ def _float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float()
 
 
-def _blocks(x: Tensor, N: int, bias: Tensor | None, weight: Callable[[slice], Tensor]) -> Tensor:
-    """F.linear whose weight comes in blocks of output channels."""
-    step = max(DEQUANTIZE // x.shape[-1], 1)
+def _fast_bf16() -> bool:
+    """Whether PyTorch multiplies matrices in bf16 at the speed of float32 at least: where oneDNN does it."""
+    try:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):  # built without it
+        return False
+
+
+_fast_bf16._dynamo_marked_constant = True
+
+
+def _blocks(x: Tensor, N: int, bias: Tensor | None, weight: Callable[[slice, torch.dtype], Tensor]) -> Tensor:
+    """F.linear whose weight comes in blocks of output channels; in float32 where bf16 products would be slow."""
+    dtype = x.dtype if _fast_bf16() else torch.float32
+    step = max(DEQUANTIZE // (x.shape[-1] * dtype.itemsize), 1)
     blocks = [slice(n, n + step) for n in range(0, N, step)]
-    bias = None if bias is None else bias.to(x.dtype)
-    y = [F.linear(x, weight(n), None if bias is None else bias[n]) for n in blocks]
+    bias, rows = None if bias is None else bias.to(dtype), x.to(dtype)
+    y = [F.linear(rows, weight(n, dtype), None if bias is None else bias[n]).to(x.dtype) for n in blocks]
     return y[0] if len(y) == 1 else torch.cat(y, dim=-1)
 
 
@@ -221,7 +238,8 @@ def dequantize_int4(w: Tensor, scales: Tensor, groupsize: int, K: int, dtype: to
 
 # ------------------------------------------------------------------------------------------------------- the model
 class StreamedLinear(torch.nn.Linear):
-    """A bfloat16 nn.Linear that streams its weight for few rows; made from one, sharing its parameters."""
+    """A bfloat16 nn.Linear that streams its weight for few rows, and for many is not slower than a float32 one; made
+    from one, sharing its parameters."""
 
     def __init__(self, plain: torch.nn.Linear):
         torch.nn.Module.__init__(self)
@@ -234,7 +252,9 @@ class StreamedLinear(torch.nn.Linear):
 
 def fuse(model: torch.nn.Module) -> None:
     """Swap `StreamedLinear` in for every plain bfloat16 linear of a model on the CPU; parameters and names stay."""
+    if not available() and _fast_bf16():
+        return
     for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear and module.weight.dtype == torch.bfloat16 and available():
+        if type(module) is torch.nn.Linear and module.weight.dtype == torch.bfloat16:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, StreamedLinear(module))
