@@ -42,7 +42,7 @@ from machine import (
 from model import Transformer, pick_kv_dtype
 from quantize import QuantLinear, make_recipe
 from sampling import Sampler, sample
-from speculative import MAX_K, Speculation, speculate
+from speculative import MAX_K, Speculation, mark, speculate
 from tokenizer import Tokenizer
 
 PREFILL_CHUNK = {"cpu": 512, "cuda": 8192, "mps": 512}  # tokens of a prompt that go through the model at once
@@ -124,12 +124,15 @@ def generate(
     if isinstance(sample, Sampler):
         sample.reset(prompts, model.args.vocab_size, device)
 
+    began = mark(device) if speculation else None
     token = sample(fill(model, prompts, start, prefill))
     pos = torch.tensor([[len(p)] for p in prompts]).to(device)
     ranks = tp.current() if isinstance(model.logits, tp.ShardedLogits) else None
     if speculation is not None:
         speculation.setup_caches(len(prompts), room)
-        for column in speculate(speculation, model, prompts, token, max_new_tokens, sample, decode, stop_ids, start):
+        for column in speculate(
+            speculation, model, prompts, token, max_new_tokens, sample, decode, stop_ids, start, began
+        ):
             going = False
             try:
                 yield column

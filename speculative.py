@@ -193,11 +193,11 @@ class Statistics:
         self.catching_up = 0.0  # the part of the draft's seconds that is not of a step, but after the prompt
 
     def add(self, k: int, seconds: Sequence[float], rows: int, tokens: int, kept: Sequence[int]) -> None:
-        """A step at k: seconds to catch up, propose and verify (or decode); rows that ran; tokens they got and kept."""
+        """A step at k, seconds as Step.read returns them; rows that ran; tokens that they got, and kept of proposed."""
         self.steps, self.rows, self.tokens = self.steps + 1, self.rows + rows, self.tokens + tokens
-        self.seconds["draft"] += seconds[0] + seconds[1]
-        self.catching_up += seconds[0]
-        self.seconds["verify" if k else "plain"] += seconds[2]
+        self.seconds["draft"] += seconds[1] + seconds[2]
+        self.catching_up += seconds[1]
+        self.seconds["verify" if k else "plain"] += seconds[0] + seconds[3]
         for n in kept:
             for j in range(k):
                 self.proposed[j] += 1
@@ -227,11 +227,12 @@ class Pace:
 
     A step at k gives 1 + sum over j <= k of P(the first j are kept) tokens for cost(k) seconds; the best ratio wins.
     What speculation may lose against plain decoding is bounded: `slack`, in plain steps, starts at a few, grows by a
-    fiftieth each token and by what is gained, shrinks by what is lost, and nothing is tried whose worst case, no token
-    kept, exceeds it. So at least 95% of plain decoding's speed remain after some 200 tokens.
+    hundredth each token and by what is gained, shrinks by what is lost, and nothing is tried whose worst case, no token
+    kept, exceeds it. What was seen to pay may risk half of what it promises for the rest of the text. So at least 95%
+    of plain decoding's speed remain after some 200 tokens.
     """
 
-    START, CAP, GROWTH = 5.0, 20.0, 0.02
+    START, CAP, GROWTH = 6.0, 20.0, 0.01
     TRIAL = 3  # steps in a row when speculation begins: the draft has to catch up, which one step would not pay back
     WAIT = 16  # plain steps before the next trial, doubled each time that one is in vain
     MARGIN = 1.05  # measured costs are that uncertain: what promises less is not begun
@@ -240,7 +241,8 @@ class Pace:
     def __init__(self, depths: Sequence[int] = DEPTHS):
         self.depths, self.slack = depths, self.START
         self.plain_steps = self.steps = self.trial = 0  # of a kind in a row; what is left of a trial
-        self.trial_k, self.doubt, self.entry = 0, 1, 0.0  # entry: seconds to catch up, the last time
+        self.trial_k, self.doubt = 0, 1
+        self.rate: float | None = None  # seconds for each token that the draft catches up
         self.costs = {k: deque(maxlen=9) for k in (0, *depths)}  # seconds
         # By position: rows that kept all before it, and of these the rows that kept it too; the past fades.
         self.reached, self.kept = [0.0] * max(depths), [0.0] * max(depths)
@@ -262,8 +264,8 @@ class Pace:
             total += all_kept
         return total
 
-    def choose(self) -> int:
-        """The k of the next step."""
+    def choose(self, lacks: int = 0, left: int = 1000) -> int:
+        """The k of the next step. lacks: tokens that the draft would have to catch up; left: tokens to come at most."""
         if len(self.costs[0]) < 2 or self.steps >= self.REFRESH:
             return 0
         if self.trial:
@@ -272,22 +274,32 @@ class Pace:
         if self.plain_steps % 4:  # to think takes time, too
             return 0
         plain, begins = self.cost(0), self.plain_steps > 0
-        steps, entry = (self.TRIAL, self.entry / plain) if begins else (1, 0.0)
-        allowed = [k for k in self.depths if steps * (self.cost(k) / plain - 1) + entry <= self.slack]
-        best = max((0, *allowed), key=lambda k: self.tokens(k) / self.cost(k) * (1 if k else self.MARGIN))
-        if best == 0 and allowed and self.plain_steps >= self.WAIT * self.doubt:  # has the text changed?
+        steps, entry = (self.TRIAL, lacks * (self.rate or 0) / plain) if begins else (1, 0.0)
+        # In plain steps: what is lost if no token is kept, and what is gained if all goes on as it was seen to go.
+        risk = {k: steps * (self.cost(k) / plain - 1) + entry for k in self.depths}
+        gain = {k: left * (1 - self.cost(k) / plain / self.tokens(k)) - entry for k in self.depths}
+        seen = self.reached[0] >= 10
+        safe = [k for k in self.depths if risk[k] <= self.slack]
+        paid = [k for k in self.depths if seen and len(self.costs[k]) >= self.TRIAL and risk[k] <= gain[k] / 2]
+        best = max((0, *{*safe, *paid}), key=lambda k: self.tokens(k) / self.cost(k) * (1 if k else self.MARGIN))
+        if best and begins and gain[best] <= 0:  # it would pay, but too little is left
+            best = 0
+        if best == 0 and safe and self.plain_steps >= self.WAIT * self.doubt:  # has the text changed?
             self.doubt = min(2 * self.doubt, 16)
-            best = min(allowed, key=lambda k: abs(k - 2))
+            best = min(safe, key=lambda k: abs(k - 2))
         if best and begins:
             self.trial, self.trial_k = self.TRIAL - 1, best
         return best
 
-    def learn(self, k: int, seconds: float, more: float, tokens: float, kept: Sequence[int]) -> None:
+    def learn(
+        self, k: int, seconds: float, tokens: float, kept: Sequence[int], more: float = 0.0, caught: int = 0
+    ) -> None:
         """A step at k gave so many tokens a row; rows that proposed kept so many of theirs.
 
-        seconds: what such a step takes; more: what this one took to catch the draft up.
+        seconds: what such a step takes; more: what this one took to catch the draft up, by so many tokens.
         """
-        self.entry = more or self.entry
+        if caught:  # of few tokens each takes longer, and that is not worth knowing
+            self.rate = more / caught if self.rate is None else min(1.25 * self.rate, more / caught)
         expected = self.cost(k) if self.costs[0] else seconds
         self.costs[k].append(seconds)
         self.plain_steps, self.steps = (0, self.steps + 1) if k else (self.plain_steps + 1, 0)
@@ -328,16 +340,23 @@ class Step:
 
     def __init__(self, k: int, tokens: Tensor, real: Sequence[bool], marks: Sequence):
         self.k, self.tokens, self.real, self.marks = k, tokens.to("cpu", non_blocking=True), real, marks
+        self.caught = 0  # tokens that the draft caught up before
         self.arrived = mark(tokens.device)
 
     def read(self) -> tuple[list[list[int]], list[float]]:
-        """Wait for it -> (each row's tokens, -1 beyond those accepted; seconds between the marks)."""
+        """Wait for it -> (each row's tokens, -1 beyond those accepted; seconds between the marks).
+
+        The seconds: before the step (on a CPU; a GPU does not wait for that), to catch up, to propose, and to verify or
+        decode; of the prefill all in one.
+        """
         if isinstance(self.arrived, torch.cuda.Event):
             self.arrived.synchronize()
-            times = [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:], strict=False)]
-        else:
-            times = [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
-        return self.tokens.tolist(), times
+        return self.tokens.tolist(), [elapsed(a, b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+def elapsed(a, b) -> float:
+    """Seconds from one mark to another."""
+    return a.elapsed_time(b) / 1e3 if isinstance(a, torch.cuda.Event) else b - a
 
 
 def mark(device: torch.device):
@@ -412,11 +431,17 @@ class Speculation:
         finally:
             self.forced = None
 
-    def choose(self) -> int:
-        """The k of the next step."""
+    def choose(self, rows: Sequence[Sequence[int]], done: Sequence[bool], left: int) -> int:
+        """The k of the next step after `rows`, where at most so many tokens are left to come."""
         if self.forced is not None:
             return self.forced
-        return self.pace.choose() if self.pace else self.max_k
+        return self.pace.choose(self.lacks(rows, done), left) if self.pace else self.max_k
+
+    def lacks(self, rows: Sequence[Sequence[int]], done: Sequence[bool]) -> int:
+        """How many tokens the draft has to catch up, of the row that lacks most; its next pass feeds the last two."""
+        if self.draft is None:
+            return 0
+        return max(0, *(len(row) - 2 - c for c, row, d in zip(self.cached, rows, done, strict=True) if not d))
 
     def propose(self, s: Buffers, k: int, slots: Tensor, sampler, vocab: int) -> None:
         """k tokens of the draft, one after another, into s.tokens[k], and what they were drawn from.
@@ -438,21 +463,26 @@ class Speculation:
         for buffer, part in zip(s.probs[k], zip(*probs, strict=True), strict=True):
             torch.stack(part, 1, out=buffer)
 
-    def catch_up(self, s: Buffers, rows: Sequence[Sequence[int]], done: Sequence[bool]) -> None:
-        """After the prompt or plain steps: bring `s` to the end of `rows`, and the draft's cache if it is behind."""
+    def catch_up(self, s: Buffers, rows: Sequence[Sequence[int]], done: Sequence[bool]) -> int:
+        """After the prompt or plain steps: bring `s` and the draft's cache to the end of `rows` -> tokens it lacked."""
         s.state.copy_(torch.tensor([[row[-2:] for row in rows], [[len(row) - 2, len(row) - 1] for row in rows]]))
-        # A draft that lacks no more than the last two tokens is fed these by its next pass anyway.
-        late = [c < len(row) - 2 for c, row, d in zip(self.cached, rows, done, strict=True) if not d]
-        if self.draft is not None and any(late):
+        if lacks := self.lacks(rows, done):
             known = self.draft.args.vocab_size - 1  # as in draft_one_token
             self.fill(self.draft, [[min(t, known) for t in row] for row in rows], min(self.cached))
             self.cached = [len(row) for row in rows]
+        return lacks
+
+    def expect(self, model, tokens: int, seconds: float) -> None:
+        """The model's prefill of so many tokens took so long: a first guess of what it takes the draft to catch up."""
+        if self.pace and self.pace.rate is None and self.draft is not None:
+            size = [sum(m.in_features * m.out_features for m in which.modules() if hasattr(m, "in_features"))
+                    for which in (self.draft, model)]  # fmt: skip
+            self.pace.rate = seconds / max(1, tokens) * size[0] / size[1]
 
     def launch(self, model, s: Buffers, k: int, proposals, length: int, sampler, marks) -> Step:
         """One step from where `s` stands, for contexts of `length` tokens, s.token included; nothing is waited for.
 
-        proposals: for each row the tokens looked up, or None; with a draft None. marks: when the step began, and when
-        the draft had caught up.
+        proposals: for each row the tokens looked up, or None; with a draft None. marks: those of Step.read so far.
         """
         device = s.token.device
         real = [True] * len(s.token)
@@ -498,11 +528,13 @@ def speculate(
     decode: Callable,
     stop_ids: Sequence[int] = (),
     start: int = 0,
+    began=None,
 ) -> Iterator[Tensor]:
     """Yield the tokens that follow the prompts, column by column, as generate() does: int64 [B], -1 in ended rows.
 
     token [B, 1]: the first new token of each row, drawn but not fed; the model's cache holds the prompts. decode: a
-    plain step, (model, token, input_pos, slots, sampler) -> (token, input_pos). start: as generate()'s.
+    plain step, (model, token, input_pos, slots, sampler) -> (token, input_pos). start: as generate()'s. began: a `mark`
+    from before the prompts' prefill, or None.
 
     A column is yielded once every row that runs has its token; rows that accept more run ahead of it, each at its own
     position. With a draft on CUDA, the device runs a step ahead of what is yielded: reading the tokens of a step is
@@ -521,7 +553,8 @@ def speculate(
     # Where plain steps stand: (token, position), as a plain step wants and leaves them; None where `s` is ahead of it.
     plain = token, torch.tensor([[len(p)] for p in prompts], device=device)
     ahead = int(device.type == "cuda" and draft is not None)
-    queue = deque([Step(0, token, [], ())])
+    queue = deque([Step(0, token, [], [] if began is None else [began, mark(device)])])
+    ended = None  # on a CPU: when the last step ended, without the time that whoever reads the tokens takes
     reach, shown = max(map(len, prompts)) + 1, 0
     running, done = [True] * B, [False] * B  # as far as columns were yielded; as far as tokens are known
     while True:
@@ -529,7 +562,8 @@ def speculate(
             missing = max((end - len(row) for row, end, d in zip(rows, ends, done, strict=True) if not d), default=0)
             if missing <= len(queue):  # each step brings one token at least
                 break
-            k, proposals, marks = speculation.choose(), None, [mark(device)]
+            begin = mark(device)
+            k, proposals, caught = speculation.choose(rows, done, missing), None, 0
             if k and draft is None:
                 for b, row in enumerate(rows):
                     history[b, in_history[b] : len(row)] = torch.tensor(row[in_history[b] :])
@@ -539,18 +573,21 @@ def speculate(
             if k and plain:
                 if queue:
                     break  # the tokens of the steps before have to be known
-                speculation.catch_up(s, rows, done)
+                ready = mark(device)
+                caught = speculation.catch_up(s, rows, done)
                 plain = None
-            marks.append(mark(device))
+            now = mark(device)
+            marks = [ended or begin, ready if caught else now, now]
             length, reach = min(reach, max(ends)), reach + k + 1
             if k:
                 queue.append(speculation.launch(model, s, k, proposals, length, sampler, marks))
+                queue[-1].caught = caught
                 continue
             plain = plain or s.state[..., 1:].contiguous()
             token, pos = decode(model, *plain, speculation.slots_for(model, length), sampler)
             # A row that has ended goes on beside others, and must stay in the cache.
             plain = (token, pos) if B == 1 else (token.clone(), torch.minimum(pos, s.last))
-            queue.append(Step(0, token, [], [*marks, marks[-1], mark(device)]))
+            queue.append(Step(0, token, [], [*marks, now, mark(device)]))
 
         step = queue.popleft()
         tokens, seconds = step.read()
@@ -568,16 +605,22 @@ def speculate(
                 brought += len(new) if stop is None else stop + 1
                 done[b] = stop is not None or len(row) == ends[b]
         reach = max(map(len, rows)) + sum(later.k + 1 for later in queue)
-        if seconds:  # all but the prefill's token
+        if len(seconds) > 1:
             stats.add(step.k, seconds, live, brought, kept)
             if speculation.pace and speculation.forced is None:
-                speculation.pace.learn(step.k, sum(seconds[1:]), seconds[0], brought / live, kept)
+                took = seconds[0] + sum(seconds[2:])
+                speculation.pace.learn(step.k, took, brought / live, kept, seconds[1], step.caught)
+        elif seconds and speculation.forced is None:
+            speculation.expect(model, max(map(len, prompts)) - start, seconds[0])
+        ended = step.marks[-1] if step.marks and device.type != "cuda" else None
 
         while shown < max_new_tokens and all(
             len(row) > len(p) + shown for row, p, r in zip(rows, prompts, running, strict=True) if r
         ):
             column = [row[len(p) + shown] if r else -1 for row, p, r in zip(rows, prompts, running, strict=True)]
+            away = time.perf_counter()
             yield torch.tensor(column)
+            ended = ended and ended + time.perf_counter() - away
             shown += 1
             running = [r and t not in stops for r, t in zip(running, column, strict=True)]
             if shown == max_new_tokens or not any(running):

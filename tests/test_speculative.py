@@ -542,14 +542,15 @@ def simulate(rate, cost, n: int, pace: Pace | None = None, seed: int = 0) -> tup
     Time is in plain steps for each token.
     """
     rng, pace = random.Random(seed), pace or Pace()
+    pace.rate = pace.rate or 0.1  # as of the model's prefill
     done, took, steps, last = 0, 0.0, {}, 0
     while done < n:
-        k = pace.choose()
+        k = pace.choose(lacks=0 if last else 20, left=n - done)
         kept = next((i for i in range(k) if rng.random() >= rate(done)), k)
-        more = 2.0 if k and not last else 0.0  # the draft catches up
+        caught = 20 if k and not last else 0  # by the draft, in a tenth of a plain step each
         seconds = cost(k) * rng.uniform(0.9, 1.1)
-        pace.learn(k, seconds, more, kept + 1, [kept] if k else [])
-        done, took, last = done + kept + 1, took + seconds + more, k
+        pace.learn(k, seconds, kept + 1, [kept] if k else [], 0.1 * caught, caught)
+        done, took, last = done + kept + 1, took + seconds + 0.1 * caught, k
         steps[k] = steps.get(k, 0) + 1
     return took / done, steps, pace
 
@@ -591,7 +592,7 @@ def test_auto_is_still_exact(tiny):
         expected = columns(generate(model, prompts, 150))
         assert torch.equal(columns(generate(model, prompts, 150, Sampler(), speculation=how)), expected)
     script = iter([0, 4, 1, 0, 0, 7, 7, 2, 0, 1] * 20)  # whatever it decides, also from one step to the next
-    how.pace.choose = lambda: next(script)
+    how.pace.choose = lambda lacks, left: next(script)
     assert torch.equal(columns(generate(model, prompts, 60, Sampler(), speculation=how)), expected[:, :60])
 
 
