@@ -311,6 +311,7 @@ INLINE float sum(F v) {
 
 struct Bf16 {
   static constexpr int64_t bytes = 64;  // of 32 columns
+  static constexpr int alone = 8;       // rows of weights that meet one of x at once: measured
   static constexpr bool in_order = false;
   static constexpr int64_t column(int64_t i) {  // of each 2 LANES columns first the even ones
     const int64_t v = i / LANES;
@@ -323,6 +324,7 @@ struct Bf16 {
 };
 struct Int8 {
   static constexpr int64_t bytes = 32;
+  static constexpr int alone = 4;
   static constexpr bool in_order = true;
   static constexpr int64_t column(int64_t i) { return i; }
   static INLINE F unpack(const uint8_t* p, int v) {
@@ -340,7 +342,7 @@ template <class Format>
 struct Plain {  // 32 columns at a time
   static constexpr int64_t block = 32;
   static constexpr bool in_order = Format::in_order;
-  static constexpr int R(int M) { return M == 1 ? 8 : M == 2 ? 4 : M == 3 ? 3 : 2; }  // 16 registers
+  static constexpr int R(int M) { return M == 1 ? Format::alone : M == 2 ? 4 : M == 3 ? 3 : 2; }  // 16 registers
   static constexpr int64_t column(int64_t i) { return Format::column(i); }
   static constexpr float factor(int64_t) { return 1; }
   const uint8_t* w;
@@ -417,7 +419,8 @@ struct Int4 {
     const int log2 = shift, step = 16 >> log2;
     F acc[R][M] = {};
     for (int64_t b = 0; b < end; b++, x += 16 * M, sums += M) {
-      for (int r = 0; r < R; r++) prefetch(from[r] + ahead), prefetch(from[r] + ahead + 64);
+      for (int r = 0; r < R; r++)  // scales too: without them this is half as fast
+        prefetch(from[r] + ahead), prefetch(from[r] + ahead + 64), prefetch(group[r] + R * groups);
       for (int j0 = 0; j0 < 16; j0 += LANES) {
         F part[R][M], scale[R];
         for (int r = 0; r < R; r++) {

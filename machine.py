@@ -59,7 +59,8 @@ def device_name(device: torch.device) -> str:
     """What the recorded measurements call a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    kind = f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+    return f"{kind}, {torch.get_num_threads()} threads"
 
 
 def free_memory(device: torch.device) -> int | None:
