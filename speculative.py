@@ -14,6 +14,7 @@ sampling.Sampler). Shapes: B rows, k proposed tokens, T = k + 1 verified ones, V
 Sources: speculative sampling (arXiv 2211.17192, 2302.01318); prompt lookup decoding (github.com/apoorvumang).
 """
 
+import math
 import statistics
 import time
 from collections import deque
@@ -242,7 +243,7 @@ class Pace:
         self.depths, self.slack = depths, self.START
         self.plain_steps = self.steps = self.trial = 0  # of a kind in a row; what is left of a trial
         self.trial_k, self.doubt = 0, 1
-        self.rate: float | None = None  # seconds for each token that the draft catches up
+        self.rate, self.guessed = math.inf, True  # seconds for each token that the draft catches up
         self.costs = {k: deque(maxlen=9) for k in (0, *depths)}  # seconds
         # By position: rows that kept all before it, and of these the rows that kept it too; the past fades.
         self.reached, self.kept = [0.0] * max(depths), [0.0] * max(depths)
@@ -274,7 +275,7 @@ class Pace:
         if self.plain_steps % 4:  # to think takes time, too
             return 0
         plain, begins = self.cost(0), self.plain_steps > 0
-        steps, entry = (self.TRIAL, lacks * (self.rate or 0) / plain) if begins else (1, 0.0)
+        steps, entry = (self.TRIAL, lacks and lacks * self.rate / plain) if begins else (1, 0.0)
         # In plain steps: what is lost if no token is kept, and what is gained if all goes on as it was seen to go.
         risk = {k: steps * (self.cost(k) / plain - 1) + entry for k in self.depths}
         gain = {k: left * (1 - self.cost(k) / plain / self.tokens(k)) - entry for k in self.depths}
@@ -291,6 +292,11 @@ class Pace:
             self.trial, self.trial_k = self.TRIAL - 1, best
         return best
 
+    def guess(self, rate: float) -> None:
+        """What catching up may take, before it was seen: the least of what is given, since first times are slow."""
+        if self.guessed:
+            self.rate = min(self.rate, rate)
+
     def learn(
         self, k: int, seconds: float, tokens: float, kept: Sequence[int], more: float = 0.0, caught: int = 0
     ) -> None:
@@ -299,7 +305,7 @@ class Pace:
         seconds: what such a step takes; more: what this one took to catch the draft up, by so many tokens.
         """
         if caught:  # of few tokens each takes longer, and that is not worth knowing
-            self.rate = more / caught if self.rate is None else min(1.25 * self.rate, more / caught)
+            self.rate, self.guessed = more / caught if self.guessed else min(1.25 * self.rate, more / caught), False
         expected = self.cost(k) if self.costs[0] else seconds
         self.costs[k].append(seconds)
         self.plain_steps, self.steps = (0, self.steps + 1) if k else (self.plain_steps + 1, 0)
@@ -474,10 +480,10 @@ class Speculation:
 
     def expect(self, model, tokens: int, seconds: float) -> None:
         """The model's prefill of so many tokens took so long: a first guess of what it takes the draft to catch up."""
-        if self.pace and self.pace.rate is None and self.draft is not None:
+        if self.pace and self.pace.guessed and self.draft is not None:
             size = [sum(m.in_features * m.out_features for m in which.modules() if hasattr(m, "in_features"))
                     for which in (self.draft, model)]  # fmt: skip
-            self.pace.rate = seconds / max(1, tokens) * size[0] / size[1]
+            self.pace.guess(seconds / max(1, tokens) * size[0] / size[1])
 
     def launch(self, model, s: Buffers, k: int, proposals, length: int, sampler, marks) -> Step:
         """One step from where `s` stands, for contexts of `length` tokens, s.token included; nothing is waited for.

@@ -542,7 +542,7 @@ def simulate(rate, cost, n: int, pace: Pace | None = None, seed: int = 0) -> tup
     Time is in plain steps for each token.
     """
     rng, pace = random.Random(seed), pace or Pace()
-    pace.rate = pace.rate or 0.1  # as of the model's prefill
+    pace.guess(0.1)  # from the model's prefill
     done, took, steps, last = 0, 0.0, {}, 0
     while done < n:
         k = pace.choose(lacks=0 if last else 20, left=n - done)
@@ -577,6 +577,38 @@ def test_auto_notices_that_the_text_has_changed():
     assert took < 0.6
     took, steps, _ = simulate(lambda i: 0.0, lambda k: 1 + 0.1 * k if k else 1, 2000, pace)
     assert steps[0] > 0.9 * sum(steps.values()) and took < 1.05
+
+
+def test_auto_asks_what_catching_up_costs():
+    """A draft that would have to read a long prompt is not tried for a short text, and is once it has paid for one."""
+    pace = Pace()
+    for _ in range(100):
+        assert pace.choose(lacks=200, left=100) == 0  # nobody knows what it costs
+        pace.learn(0, 1.0, 1, [])
+    pace.guess(0.1)
+    for _ in range(8):
+        assert pace.choose(lacks=200, left=100) == 0  # 20 steps: more than may be lost
+        pace.learn(0, 1.0, 1, [])
+    pace.guess(0.01)
+    steps = [k for k in (pace.choose(lacks=200, left=100) for _ in range(4)) if k or pace.learn(0, 1.0, 1, [])]
+    assert steps
+    for i in range(30):
+        pace.learn(4, 1.5, 5, [4], 2.0 if i == 0 else 0.0, 200 if i == 0 else 0)
+    pace.trial, pace.plain_steps, pace.slack = 0, 4, -5.0
+    assert pace.choose(lacks=200, left=100) == 4 and pace.trial  # 2 steps, for 100 tokens at 3.3 times the speed
+    pace.trial, pace.plain_steps = 0, 4
+    assert pace.choose(lacks=200, left=2) == 0
+
+
+def test_auto_measures_what_catching_up_costs(tiny):
+    model, draft = tiny(), tiny()
+    how = speculation("auto", draft)
+    columns(generate(model, [tokens(50)], 12, Sampler(), speculation=how))
+    assert 0 < how.pace.rate < 1 and how.pace.guessed  # by the model's own prefill
+    how.pace.choose = lambda lacks, left: asked.append(lacks) or 2
+    asked = []
+    columns(generate(model, [tokens(50)], 12, Sampler(), speculation=how))
+    assert asked[0] == 49 and asked[1] == 0 and not how.pace.guessed
 
 
 def test_auto_survives_a_hiccup():
