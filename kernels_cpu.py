@@ -54,7 +54,7 @@ def _load() -> str | None:
         return "switched off"
     try:
         torch.ops.load_library(_build())
-        _register_fakes()
+        _register()
         return None
     except Exception as error:  # whatever it is, the references still work
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -110,14 +110,24 @@ def _cpu_flags() -> str:
         return platform.processor()
 
 
-def _register_fakes() -> None:
-    """Shapes and dtypes for torch.compile, which then keeps each operator as one call."""
+_library: torch.library.Library | None = None
+
+
+def _register() -> None:
+    """The operators for experts; and of all of them shapes and dtypes for torch.compile, which then keeps each as one
+    call."""
+    global _library
+    _library = torch.library.Library("hotloop", "FRAGMENT")
+    for name, arguments in EXPERTS.items():
+        _library.define(f"{name}({arguments}, Tensor expert) -> Tensor")
+        _library.impl(name, _each_expert(globals()[name.replace("experts", "linear")]), "CPU")
 
     def linear(x, w, *args):
-        return x.new_empty(*x.shape[:-1], w.shape[0])
+        return x.new_empty(*x.shape[:-1], w.shape[-2])
 
-    for name in ("linear_bf16", "linear_int8", "linear_int4"):
-        torch.library.register_fake(f"hotloop::{name}", linear)
+    for kind in ("bf16", "int8", "int4"):
+        torch.library.register_fake(f"hotloop::linear_{kind}", linear)
+        torch.library.register_fake(f"hotloop::experts_{kind}", linear)
     torch.library.register_fake("hotloop::dequantize_int8", lambda w, scale, dtype: torch.empty_like(w, dtype=dtype))
     torch.library.register_fake(
         "hotloop::dequantize_int4", lambda w, scales, groupsize, K, dtype: w.new_empty(w.shape[0], K, dtype=dtype)
@@ -147,6 +157,28 @@ def linear_int4(x: Tensor, w: Tensor, scales: Tensor, groupsize: int, bias: Tens
         return torch.ops.hotloop.linear_int4(x.contiguous(), w, scales, groupsize, _float(bias))
     K = x.shape[-1]
     return _blocks(x, w.shape[0], bias, lambda n, dtype: dequantize_int4(w[n], scales[n], groupsize, K, dtype))
+
+
+# Stacks of linears, [E, N, K] and the like, each row of x through its own: names and what they take.
+EXPERTS = {
+    "experts_bf16": "Tensor x, Tensor w",
+    "experts_int8": "Tensor x, Tensor w, Tensor scale",
+    "experts_int4": "Tensor x, Tensor w, Tensor scales, int groupsize",
+}
+
+
+def _each_expert(linear: Callable) -> Callable:
+    """An operator: row n of x [N, K] through matrix expert[n] of a stack; a matrix that serves several is read once."""
+
+    def run(x: Tensor, *stored) -> Tensor:
+        *stored, expert = stored
+        y = x.new_empty(len(x), stored[0].shape[-2])
+        for e in expert.unique().tolist():
+            mine = (expert == e).nonzero()[:, 0]
+            y[mine] = linear(x[mine], *(t[e] if isinstance(t, Tensor) else t for t in stored))
+        return y
+
+    return run
 
 
 def max_rows(kind: str, dtype: torch.dtype) -> int:
@@ -250,11 +282,32 @@ class StreamedLinear(torch.nn.Linear):
         return linear_bf16(x, self.weight, self.bias)
 
 
+class StreamedExperts(torch.nn.Module):
+    """The same for a stack of bias-free linears, weight bfloat16 [E, out, in]. Made from model.ExpertLinear."""
+
+    def __init__(self, plain: torch.nn.Module):
+        super().__init__()
+        self.n_experts, self.in_features, self.out_features = plain.n_experts, plain.in_features, plain.out_features
+        self.weight = plain.weight
+
+    def one(self, x: Tensor, e: int) -> Tensor:
+        """All rows of x [N, in] through expert e -> [N, out]."""
+        return linear_bf16(x, self.weight[e])
+
+    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+        return torch.ops.hotloop.experts_bf16(x, self.weight, expert)
+
+
 def fuse(model: torch.nn.Module) -> None:
-    """Swap `StreamedLinear` in for every plain bfloat16 linear of a model on the CPU; parameters and names stay."""
-    if not available() and _fast_bf16():
-        return
+    """Swap modules that stream in for the plain bfloat16 linears of a model on the CPU; parameters and names stay."""
     for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear and module.weight.dtype == torch.bfloat16:
+        weight, swap = getattr(module, "weight", None), None
+        if not isinstance(weight, torch.nn.Parameter) or weight.dtype != torch.bfloat16:
+            continue
+        if type(module) is torch.nn.Linear and (available() or not _fast_bf16()):
+            swap = StreamedLinear
+        if weight.ndim == 3 and available():
+            swap = StreamedExperts
+        if swap:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, StreamedLinear(module))
+            setattr(model.get_submodule(parent), child, swap(module))

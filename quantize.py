@@ -68,9 +68,13 @@ class QuantLinear(nn.Module):
                     stored[name][at] = value
         return stored
 
+    def canonical(self) -> dict[str, Tensor]:
+        """The stored tensors, packed or not."""
+        return {name: getattr(self, name) for name in self.layout()}
+
     def dequantize(self) -> Tensor:
         """The weight that the stored tensors stand for: float32 [(E,) out, in]."""
-        return self.dequantize_stored(**{name: getattr(self, name) for name in self.layout()})
+        return self.dequantize_stored(**self.canonical())
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] without bias, in x's dtype, sums in float32."""
@@ -78,15 +82,19 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor, expert: Tensor | None = None) -> Tensor:
         """x [..., in] -> [..., out]; with expert int64 [N], row n of x [N, in] through matrix expert[n]."""
-        if expert is None:
-            y = self.matmul(x)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
-        chosen = self.dequantize_stored(**{name: getattr(self, name)[expert] for name in self.layout()})
+        if expert is not None:
+            return self.experts(x, expert)
+        y = self.matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def experts(self, x: Tensor, expert: Tensor) -> Tensor:
+        """Row n of x [N, in] through matrix expert[n] of a stack -> [N, out]."""
+        chosen = self.dequantize_stored(**{name: t[expert] for name, t in self.canonical().items()})
         return torch.bmm(chosen.to(x.dtype), x[:, :, None])[:, :, 0]
 
     def one(self, x: Tensor, e: int) -> Tensor:
         """x [N, in] through expert e -> [N, out]."""
-        return F.linear(x, self.dequantize_stored(**{n: getattr(self, n)[e] for n in self.layout()}).to(x.dtype))
+        return F.linear(x, self.dequantize_stored(**{n: t[e] for n, t in self.canonical().items()}).to(x.dtype))
 
     def shard(self, rows=None, columns=None, bias: bool = True) -> tuple["QuantLinear", dict]:
         """The linear of some output rows or some input columns -> (it, empty; what it holds of each stored tensor).
@@ -142,6 +150,14 @@ class Int8Linear(QuantLinear):
         if x.dtype == torch.float16:  # which the C++ does not know
             return super().matmul(x)
         return kernels_cpu.linear_int8(x, self.weight, self.scale)
+
+    def experts(self, x, expert):
+        if streams(x):
+            return torch.ops.hotloop.experts_int8(x, self.weight, self.scale, expert)
+        return super().experts(x, expert)
+
+    def one(self, x, e):
+        return kernels_cpu.linear_int8(x, self.weight[e], self.scale[e]) if streams(x) else super().one(x, e)
 
 
 class Fp8Linear(QuantLinear):
@@ -228,44 +244,57 @@ class Int4Linear(QuantLinear):
         return ((q - zero[..., None].float()) * scale[..., None].float()).flatten(-2)
 
     def pack(self):
-        if self.n_experts:
-            return
         if kernels.use_triton(self.weight):
+            if self.n_experts:
+                return
             self.register_buffer("scale_zero", kernels.join_scales(self.scale, self.zero), persistent=False)
             self.scale = self.zero = None
             return
         if not (self.weight.is_cpu and kernels_cpu.available()):
             return
-        packed, scales = kernels_cpu.pack_int4(self.weight, self.scale, self.zero, self.groupsize)
+        rows = [t.flatten(0, -2) for t in self.canonical().values()]
+        packed = [t.unflatten(0, (*self.lead, -1)) for t in kernels_cpu.pack_int4(*rows, self.groupsize)]
         self.weight = self.scale = self.zero = None
-        self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("packed_scales", scales, persistent=False)
+        self.register_buffer("packed", packed[0], persistent=False)
+        self.register_buffer("packed_scales", packed[1], persistent=False)
 
-    def canonical(self) -> dict[str, Tensor]:
-        """The stored tensors, packed or not."""
+    def canonical(self):
         if self.scale is not None:
-            return {name: getattr(self, name) for name in self.layout()}
+            return super().canonical()
         if self.weight is not None:
             scale, zero = kernels.split_scales(self.scale_zero)
             return {"weight": self.weight, "scale": scale, "zero": zero}
-        tensors = kernels_cpu.unpack_int4(self.packed, self.packed_scales, self.groupsize, self.in_features)
-        return dict(zip(self.layout(), tensors, strict=True))
+        rows = [t.flatten(0, -2) for t in (self.packed, self.packed_scales)]
+        tensors = kernels_cpu.unpack_int4(*rows, self.groupsize, self.in_features)
+        return dict(zip(self.layout(), (t.unflatten(0, (*self.lead, -1)) for t in tensors), strict=True))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: tensor for name, tensor in self.canonical().items()})
 
-    def dequantize(self):
-        return self.dequantize_stored(**self.canonical())
+    def experts(self, x, expert):
+        if self.weight is None and streams(x):
+            return torch.ops.hotloop.experts_int4(x, self.packed, self.packed_scales, self.groupsize, expert)
+        return super().experts(x, expert)
+
+    def one(self, x, e):
+        if self.weight is None and streams(x):
+            return kernels_cpu.linear_int4(x, self.packed[e], self.packed_scales[e], self.groupsize)
+        return super().one(x, e)
 
     def matmul(self, x):
         if self.weight is None:
-            if x.is_cpu and x.dtype != torch.float16:
+            if streams(x):
                 return kernels_cpu.linear_int4(x, self.packed, self.packed_scales, self.groupsize)
             return super().matmul(x)  # moved to a GPU after loading, or float16 on a CPU
         if self.scale is None:
             return kernels.linear(x, self.weight, self.scale_zero)
         return super().matmul(x)
+
+
+def streams(x: Tensor) -> bool:
+    """Whether the C++ kernels run for x: on a CPU, where there is a compiler; they do not know float16."""
+    return x.is_cpu and x.dtype != torch.float16 and kernels_cpu.available()
 
 
 def pack_nibbles(q: Tensor) -> Tensor:

@@ -107,6 +107,37 @@ def test_compile(kind, groupsize, M):
     torch.testing.assert_close(compiled(x), run(x * 2, bias) + 1, rtol=2**-7, atol=2**-5)
 
 
+def stack(kind: str, E: int, N: int, K: int):
+    """A stack of E linears as (function of x and each row's expert, dequantised float32 weight [E, N, K])."""
+    rng = torch.Generator().manual_seed(0)
+    if kind == "bf16":
+        w = torch.randn(E, N, K, generator=rng).bfloat16()
+        return (lambda x, e: torch.ops.hotloop.experts_bf16(x, w, e)), w.float()
+    if kind == "int8":
+        w, scale = torch.randint(-128, 128, (E, N, K), generator=rng, dtype=torch.int8), torch.rand(E, N) / 100
+        return (lambda x, e: torch.ops.hotloop.experts_int8(x, w, scale, e)), w * scale[..., None]
+    (packed, scales), (q, scale, zero) = int4(E * N, K, 32, rng)
+    packed, scales = packed.view(E, N, -1), scales.view(E, N, -1)
+    dense = ((q - zero[..., None].float()) * scale[..., None].float()).view(E, N, K)
+    return (lambda x, e: torch.ops.hotloop.experts_int4(x, packed, scales, 32, e)), dense
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_experts(kind, dtype):
+    run, dense = stack(kind, 5, 37, 384)
+    for chosen in ([3], [0, 4, 0, 1], [2] * 3, []):
+        x, expert = torch.randn(len(chosen), 384).to(dtype), torch.tensor(chosen, dtype=torch.int64)
+        y = run(x, expert)
+        assert y.shape == (len(chosen), 37) and y.dtype == dtype
+        for n, e in enumerate(chosen):
+            close(y[n], x[n], dense[e])
+    compiled = torch.compile(lambda x, e: run(x * 2, e) + 1, fullgraph=True)
+    x, expert = torch.randn(3, 384).to(dtype), torch.tensor([4, 0, 4])
+    torch.testing.assert_close(compiled(x, expert), run(x * 2, expert) + 1, rtol=2**-7, atol=2**-5)
+
+
 @needs_cpp
 @pytest.mark.parametrize("kind, groupsize", KINDS[:3])
 def test_threads(kind, groupsize):
