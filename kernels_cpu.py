@@ -172,10 +172,15 @@ def _each_expert(linear: Callable) -> Callable:
 
     def run(x: Tensor, *stored) -> Tensor:
         *stored, expert = stored
+        rows, each = {}, expert.tolist()  # expert -> its rows
+        for n, e in enumerate(each):
+            rows.setdefault(e, []).append(n)
+        at = {e: [t[e] if isinstance(t, Tensor) else t for t in stored] for e in rows}
+        if len(rows) == len(each) > 0:  # of one token: each has an expert of its own
+            return torch.cat([linear(row, *at[e]) for row, e in zip(x.split(1), each, strict=True)])
         y = x.new_empty(len(x), stored[0].shape[-2])
-        for e in expert.unique().tolist():
-            mine = (expert == e).nonzero()[:, 0]
-            y[mine] = linear(x[mine], *(t[e] if isinstance(t, Tensor) else t for t in stored))
+        for e, mine in rows.items():
+            y[mine] = linear(x[mine], *at[e])
         return y
 
     return run
