@@ -447,7 +447,7 @@ class Speculation:
         """How many tokens the draft has to catch up, of the row that lacks most; its next pass feeds the last two."""
         if self.draft is None:
             return 0
-        return max(0, *(len(row) - 2 - c for c, row, d in zip(self.cached, rows, done, strict=True) if not d))
+        return max([0, *(len(row) - 2 - c for c, row, d in zip(self.cached, rows, done, strict=True) if not d)])
 
     def propose(self, s: Buffers, k: int, slots: Tensor, sampler, vocab: int) -> None:
         """k tokens of the draft, one after another, into s.tokens[k], and what they were drawn from.
