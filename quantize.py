@@ -252,8 +252,12 @@ class Int4Linear(QuantLinear):
             return
         if not (self.weight.is_cpu and kernels_cpu.available()):
             return
-        rows = [t.flatten(0, -2) for t in self.canonical().values()]
-        packed = [t.unflatten(0, (*self.lead, -1)) for t in kernels_cpu.pack_int4(*rows, self.groupsize)]
+        stored = list(self.canonical().values())
+        if self.n_experts:  # one by one: packing takes several times the memory of what is packed
+            each = [kernels_cpu.pack_int4(*(t[e] for t in stored), self.groupsize) for e in range(self.n_experts)]
+            packed = [torch.stack(parts) for parts in zip(*each, strict=True)]
+        else:
+            packed = kernels_cpu.pack_int4(*stored, self.groupsize)
         self.weight = self.scale = self.zero = None
         self.register_buffer("packed", packed[0], persistent=False)
         self.register_buffer("packed_scales", packed[1], persistent=False)
