@@ -139,7 +139,7 @@ def linear_bf16(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] @ w.T for w bfloat16 [N, K] contiguous."""
     if _few_rows(x, "bf16"):
         return torch.ops.hotloop.linear_bf16(x.contiguous(), w, _float(bias))
-    if x.dtype == w.dtype and (_fast_bf16() or x.numel() <= SLOW_ROWS * x.shape[-1]):
+    if x.dtype == w.dtype and (not x.is_cpu or _fast_bf16() or x.numel() <= SLOW_ROWS * x.shape[-1]):
         return F.linear(x, w, None if bias is None else bias.to(x.dtype))
     return _blocks(x, w.shape[0], bias, lambda n, dtype: w[n].to(dtype))
 
@@ -300,6 +300,8 @@ class StreamedExperts(torch.nn.Module):
         return linear_bf16(x, self.weight[e])
 
     def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+        if not x.is_cpu:  # the model has moved
+            return torch.bmm(self.weight[expert], x[:, :, None])[:, :, 0]
         return torch.ops.hotloop.experts_bf16(x, self.weight, expert)
 
 

@@ -68,9 +68,9 @@ class QuantLinear(nn.Module):
                     stored[name][at] = value
         return stored
 
-    def canonical(self) -> dict[str, Tensor]:
-        """The stored tensors, packed or not."""
-        return {name: getattr(self, name) for name in self.layout()}
+    def canonical(self, at=...) -> dict[str, Tensor]:
+        """The stored tensors, packed or not. at: of a stack, the expert, or a tensor of experts, that is wanted."""
+        return {name: getattr(self, name)[at] for name in self.layout()}
 
     def dequantize(self) -> Tensor:
         """The weight that the stored tensors stand for: float32 [(E,) out, in]."""
@@ -89,12 +89,12 @@ class QuantLinear(nn.Module):
 
     def experts(self, x: Tensor, expert: Tensor) -> Tensor:
         """Row n of x [N, in] through matrix expert[n] of a stack -> [N, out]."""
-        chosen = self.dequantize_stored(**{name: t[expert] for name, t in self.canonical().items()})
+        chosen = self.dequantize_stored(**self.canonical(expert))
         return torch.bmm(chosen.to(x.dtype), x[:, :, None])[:, :, 0]
 
     def one(self, x: Tensor, e: int) -> Tensor:
         """x [N, in] through expert e -> [N, out]."""
-        return F.linear(x, self.dequantize_stored(**{n: t[e] for n, t in self.canonical().items()}).to(x.dtype))
+        return F.linear(x, self.dequantize_stored(**self.canonical(e)).to(x.dtype))
 
     def shard(self, rows=None, columns=None, bias: bool = True) -> tuple["QuantLinear", dict]:
         """The linear of some output rows or some input columns -> (it, empty; what it holds of each stored tensor).
@@ -253,24 +253,27 @@ class Int4Linear(QuantLinear):
         if not (self.weight.is_cpu and kernels_cpu.available()):
             return
         stored = list(self.canonical().values())
+        packed = kernels_cpu.pack_int4(*(t[0] if self.n_experts else t for t in stored), self.groupsize)
         if self.n_experts:  # one by one: packing takes several times the memory of what is packed
-            each = [kernels_cpu.pack_int4(*(t[e] for t in stored), self.groupsize) for e in range(self.n_experts)]
-            packed = [torch.stack(parts) for parts in zip(*each, strict=True)]
-        else:
-            packed = kernels_cpu.pack_int4(*stored, self.groupsize)
+            packed = [t.new_empty(self.n_experts, *t.shape) for t in packed]
+            for e in range(self.n_experts):
+                parts = kernels_cpu.pack_int4(*(t[e] for t in stored), self.groupsize)
+                for whole, part in zip(packed, parts, strict=True):
+                    whole[e] = part
         self.weight = self.scale = self.zero = None
         self.register_buffer("packed", packed[0], persistent=False)
         self.register_buffer("packed_scales", packed[1], persistent=False)
 
-    def canonical(self):
+    def canonical(self, at=...):
         if self.scale is not None:
-            return super().canonical()
+            return super().canonical(at)
         if self.weight is not None:
             scale, zero = kernels.split_scales(self.scale_zero)
             return {"weight": self.weight, "scale": scale, "zero": zero}
-        rows = [t.flatten(0, -2) for t in (self.packed, self.packed_scales)]
+        packed = self.packed[at], self.packed_scales[at]
+        rows = [t.flatten(0, -2) for t in packed]
         tensors = kernels_cpu.unpack_int4(*rows, self.groupsize, self.in_features)
-        return dict(zip(self.layout(), (t.unflatten(0, (*self.lead, -1)) for t in tensors), strict=True))
+        return dict(zip(self.layout(), (t.unflatten(0, packed[0].shape[:-1]) for t in tensors), strict=True))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

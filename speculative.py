@@ -229,11 +229,11 @@ class Pace:
     A step at k gives 1 + sum over j <= k of P(the first j are kept) tokens for cost(k) seconds; the best ratio wins.
     What speculation may lose against plain decoding is bounded: `slack`, in plain steps, starts at a few, grows by a
     hundredth each token and by what is gained, shrinks by what is lost, and nothing is tried whose worst case, no token
-    kept, exceeds it. What was seen to pay may risk half of what it promises for the rest of the text. So at least 95%
-    of plain decoding's speed remain after some 200 tokens.
+    kept, exceeds it. What was seen to pay may risk half of what it promises for the rest of the text, and so many steps
+    as are a small part of that. So at least 95% of plain decoding's speed remain after some 200 tokens.
     """
 
-    START, CAP, GROWTH = 6.0, 20.0, 0.01
+    START, CAP, GROWTH, BOLD = 6.0, 20.0, 0.01, 0.03
     TRIAL = 3  # steps in a row when speculation begins: the draft has to catch up, which one step would not pay back
     WAIT = 16  # plain steps before the next trial, doubled each time that one is in vain
     MARGIN = 1.05  # measured costs are that uncertain: what promises less is not begun
@@ -265,6 +265,11 @@ class Pace:
             total += all_kept
         return total
 
+    def begin(self) -> None:
+        """Another text: nothing is under way, and a draft knows nothing of it."""
+        self.trial = self.steps = 0
+        self.plain_steps = max(4, self.plain_steps // 4 * 4)  # to be thought about at once
+
     def choose(self, lacks: int = 0, left: int = 1000) -> int:
         """The k of the next step. lacks: tokens that the draft would have to catch up; left: tokens to come at most."""
         if len(self.costs[0]) < 2 or self.steps >= self.REFRESH:
@@ -275,13 +280,15 @@ class Pace:
         if self.plain_steps % 4:  # to think takes time, too
             return 0
         plain, begins = self.cost(0), self.plain_steps > 0
-        steps, entry = (self.TRIAL, lacks and lacks * self.rate / plain) if begins else (1, 0.0)
+        rate = self.rate if math.isfinite(self.rate) else 0.0  # where nobody knows, it has to be tried
+        steps, entry = (self.TRIAL, lacks * rate / plain) if begins else (1, 0.0)
         # In plain steps: what is lost if no token is kept, and what is gained if all goes on as it was seen to go.
         risk = {k: steps * (self.cost(k) / plain - 1) + entry for k in self.depths}
         gain = {k: left * (1 - self.cost(k) / plain / self.tokens(k)) - entry for k in self.depths}
         seen = self.reached[0] >= 10
         safe = [k for k in self.depths if risk[k] <= self.slack]
-        paid = [k for k in self.depths if seen and len(self.costs[k]) >= self.TRIAL and risk[k] <= gain[k] / 2]
+        known = [k for k in self.depths if seen and len(self.costs[k]) >= self.TRIAL]
+        paid = [k for k in known if risk[k] <= min(gain[k] / 2, self.BOLD * left)]
         best = max((0, *{*safe, *paid}), key=lambda k: self.tokens(k) / self.cost(k) * (1 if k else self.MARGIN))
         if best and begins and gain[best] <= 0:  # it would pay, but too little is left
             best = 0
@@ -316,7 +323,7 @@ class Pace:
             self.doubt = 1 if n else self.doubt
         # A hiccup of the machine is no loss of speculation's.
         took = (min(seconds, 3 * expected) + more) / self.cost(0) if k else tokens
-        self.slack = min(self.slack + tokens - took + self.GROWTH * tokens, self.CAP)
+        self.slack = max(0.0, min(self.slack + tokens - took + self.GROWTH * tokens, self.CAP))
 
 
 # ------------------------------------------------------------------------------------------------------ the decode loop
@@ -553,6 +560,8 @@ def speculate(
     s.last.copy_(torch.tensor([[n - 1] for n in ends]))
     speculation.cached = [min(c, start) for c in speculation.cached] if len(speculation.cached) == B else [0] * B
     stats = speculation.statistics = Statistics(speculation.max_k)
+    if speculation.pace:
+        speculation.pace.begin()
     history = torch.zeros(B, max(ends), dtype=torch.int64)  # what lookups search; the first in_history[b] of row b
     in_history = [0] * B
 

@@ -770,3 +770,23 @@ def test_in_a_process_of_its_own_without_cpp(tmp_path):
     a = load_model(tmp_path / "out").state_dict()
     b = load_model(source, quant=make_recipe("int4")).state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "fp8"])
+def test_experts_stream_or_are_dequantized_one_by_one(mode):
+    """A stack, packed for the CPU or not, in dtypes that its kernels know and in float16, which they do not."""
+    linear = {"int8": quantize.Int8Linear, "int4": Int4Linear, "fp8": quantize.Fp8Linear}[mode](128, 24, n_experts=5)
+    weight = torch.randn(5, 24, 128, generator=torch.Generator().manual_seed(0))
+    for name, tensor in linear.quantize(weight).items():
+        setattr(linear, name, tensor)
+    dense, before = linear.dequantize(), {k: v.clone() for k, v in linear.state_dict().items()}
+    linear.pack()
+    assert (linear.weight is None) == (mode == "int4" and kernels_cpu.available())
+    after = linear.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    expert = torch.tensor([3, 0, 3])
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 2**-6), (torch.float16, 2**-8)):
+        x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+        want = torch.stack([dense[e] @ v for e, v in zip(expert.tolist(), x.float(), strict=True)])
+        torch.testing.assert_close(linear(x, expert).float(), want, rtol=rtol, atol=8 * rtol)
+        torch.testing.assert_close(linear.one(x, 2).float(), x.float() @ dense[2].T, rtol=rtol, atol=8 * rtol)

@@ -536,18 +536,19 @@ def test_compiled_equals_eager_without_recompilation(tiny):
 
 
 # ------------------------------------------------------------------------------------------------------------- pace
-def simulate(rate, cost, n: int, pace: Pace | None = None, seed: int = 0) -> tuple[float, dict[int, int], Pace]:
+def simulate(rate, cost, n: int, pace: Pace | None = None, seed=0, lacks=20) -> tuple[float, dict[int, int], Pace]:
     """Run a pace in a world where the i-th token is kept at rate(i) and a step takes cost(k): (time, steps by k, it).
 
     Time is in plain steps for each token.
     """
     rng, pace = random.Random(seed), pace or Pace()
+    pace.begin()
     pace.guess(0.1)  # from the model's prefill
     done, took, steps, last = 0, 0.0, {}, 0
     while done < n:
-        k = pace.choose(lacks=0 if last else 20, left=n - done)
+        k = pace.choose(lacks=0 if last else lacks, left=n - done)
         kept = next((i for i in range(k) if rng.random() >= rate(done)), k)
-        caught = 20 if k and not last else 0  # by the draft, in a tenth of a plain step each
+        caught, lacks = (lacks, 20) if k and not last else (0, lacks)  # by the draft, in a tenth of a plain step each
         seconds = cost(k) * rng.uniform(0.9, 1.1)
         pace.learn(k, seconds, kept + 1, [kept] if k else [], 0.1 * caught, caught)
         done, took, last = done + kept + 1, took + seconds + 0.1 * caught, k
@@ -582,11 +583,8 @@ def test_auto_notices_that_the_text_has_changed():
 def test_auto_asks_what_catching_up_costs():
     """A draft that would have to read a long prompt is not tried for a short text, and is once it has paid for one."""
     pace = Pace()
-    for _ in range(100):
-        assert pace.choose(lacks=200, left=100) == 0  # nobody knows what it costs
-        pace.learn(0, 1.0, 1, [])
     pace.guess(0.1)
-    for _ in range(8):
+    for _ in range(100):
         assert pace.choose(lacks=200, left=100) == 0  # 20 steps: more than may be lost
         pace.learn(0, 1.0, 1, [])
     pace.guess(0.01)
@@ -594,10 +592,19 @@ def test_auto_asks_what_catching_up_costs():
     assert steps
     for i in range(30):
         pace.learn(4, 1.5, 5, [4], 2.0 if i == 0 else 0.0, 200 if i == 0 else 0)
-    pace.trial, pace.plain_steps, pace.slack = 0, 4, -5.0
-    assert pace.choose(lacks=200, left=100) == 4 and pace.trial  # 2 steps, for 100 tokens at 3.3 times the speed
+    pace.trial, pace.plain_steps, pace.slack = 0, 4, 0.0
+    assert pace.choose(lacks=200, left=200) == 4 and pace.trial  # 3.5 steps, for 200 tokens at 3.3 times the speed
     pace.trial, pace.plain_steps = 0, 4
-    assert pace.choose(lacks=200, left=2) == 0
+    assert pace.choose(lacks=200, left=100) == 0 and pace.choose(lacks=200, left=2) == 0
+
+
+def test_auto_outlives_a_bad_text():
+    """What paid for one text is risked on another, of a long prompt, within bounds; and is used again on a third."""
+    _, _, pace = simulate(lambda i: 0.9, lambda k: 1 + 0.1 * k if k else 1, 400)
+    took, steps, pace = simulate(lambda i: 0.0, lambda k: 1 + 0.1 * k if k else 1, 1500, pace, lacks=4000)
+    assert took < 1 / 0.95
+    took, steps, pace = simulate(lambda i: 0.9, lambda k: 1 + 0.1 * k if k else 1, 3000, pace)
+    assert took < 0.8
 
 
 def test_auto_measures_what_catching_up_costs(tiny):
