@@ -233,7 +233,7 @@ class Pace:
     as are a small part of that. So at least 95% of plain decoding's speed remain after some 200 tokens.
     """
 
-    START, CAP, GROWTH, BOLD = 6.0, 20.0, 0.01, 0.03
+    START, CAP, GROWTH, BOLD = 6.0, 10.0, 0.01, 0.03
     TRIAL = 3  # steps in a row when speculation begins: the draft has to catch up, which one step would not pay back
     WAIT = 16  # plain steps before the next trial, doubled each time that one is in vain
     MARGIN = 1.05  # measured costs are that uncertain: what promises less is not begun
