@@ -158,8 +158,8 @@ def measure_bundled_pair(device: torch.device, prompts: int = 16, new_tokens: in
             yield {
                 "kind": "speculation", "model": "demo", "mode": "bf16", "draft": name, "k": k,
                 "simulated_acceptance": None, "batch": 1, "prompt_tokens": 200, "new_tokens": new_tokens,
-                "acceptance": sum(sum(s.kept) for s in stats) / max(reached, 1),
-                "kept_share": sum(sum(s.kept) for s in stats) / max(sum(sum(s.proposed) for s in stats), 1),
+                "acceptance": sum(sum(s.kept) for s in stats) / reached if reached else None,
+                "kept_share": sum(sum(s.kept) for s in stats) / sum(sum(s.proposed) for s in stats) if reached else None,
                 "tokens_per_step": decoded / sum(s.steps for s in stats),
                 "plain_tok_s": decoded / before, "tok_s": decoded / ours, "speedup": before / ours,
                 "median_speedup": statistics.median(a / b for a, b in took), "compile_s": compile_s,
@@ -169,9 +169,9 @@ def measure_bundled_pair(device: torch.device, prompts: int = 16, new_tokens: in
 
 def bundled_line(row: dict) -> str:
     """A row of measure_bundled_pair for people."""
-    line = ("{draft:<16} k {k!s:<5}{acceptance:>5.0%} accepted{tokens_per_step:>6.2f} tokens a step{tok_s:>9.1f} tok/s "
-            "against{plain_tok_s:>8.1f}{speedup:>6.2f} times")  # fmt: skip
-    return line.format(**row)
+    share = f"{row['acceptance']:>5.0%} accepted" if row["acceptance"] is not None else "  nothing tried"
+    line = "{tokens_per_step:>6.2f} tokens a step{tok_s:>9.1f} tok/s against{plain_tok_s:>8.1f}{speedup:>6.2f} times"
+    return f"{row['draft']:<16} k {row['k']!s:<5}{share}{line.format(**row)}"
 
 
 def speculation_lines(row: dict) -> str:

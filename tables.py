@@ -100,7 +100,7 @@ def speculation_table(rows: list[dict]) -> str:
     lines = []
     for r in latest.values():
         forced = r["simulated_acceptance"] is not None
-        share = f"{r['simulated_acceptance']:.0%}, simulated" if forced else f"{r['acceptance']:.0%}"
+        share = f"{r['simulated_acceptance']:.0%}, simulated" if forced else (r["acceptance"], ".0%")
         lines.append(cells(r["model"], r["mode"], r["draft"], r["k"], share, (r["tokens_per_step"], ".2f"),
                            (r["plain_tok_s"], ",.1f"), (r["tok_s"], ",.1f"), (r["speedup"], ".2f"),
                            *((r.get(key), ".2f") for key in ("verify_cost_5", "verify_cost_8", "other_ms")),
