@@ -154,12 +154,13 @@ def measure_bundled_pair(device: torch.device, prompts: int = 16, new_tokens: in
                 took.append((decode_seconds(prompt, **plain), decode_seconds(prompt, **steps)))
                 stats.append(how.statistics)
             before, ours = map(sum, zip(*took, strict=True))
-            reached, decoded = sum(sum(s.reached) for s in stats), prompts * (new_tokens - 1)
+            kept, reached = sum(sum(s.kept) for s in stats), sum(sum(s.reached) for s in stats)
+            decoded = prompts * (new_tokens - 1)
             yield {
                 "kind": "speculation", "model": "demo", "mode": "bf16", "draft": name, "k": k,
                 "simulated_acceptance": None, "batch": 1, "prompt_tokens": 200, "new_tokens": new_tokens,
-                "acceptance": sum(sum(s.kept) for s in stats) / reached if reached else None,
-                "kept_share": sum(sum(s.kept) for s in stats) / sum(sum(s.proposed) for s in stats) if reached else None,
+                "acceptance": kept / reached if reached else None,
+                "kept_share": kept / sum(sum(s.proposed) for s in stats) if reached else None,
                 "tokens_per_step": decoded / sum(s.steps for s in stats),
                 "plain_tok_s": decoded / before, "tok_s": decoded / ours, "speedup": before / ours,
                 "median_speedup": statistics.median(a / b for a, b in took), "compile_s": compile_s,
