@@ -28,6 +28,7 @@ COLUMNS = (64, 128, 128, 256)  # by kind: what columns must be a multiple of, 12
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 TILE_ROWS, FLIGHT = 16, 4096  # as in linear_cuda.cu: rows of a tile, bytes of each that are on their way at most
 MAX_COLUMNS, MAX_PANELS = 32768, 8
+SPLIT, SPLIT_PAIRS = 28672, 65536  # rows times columns of x from which on two blocks share tiles
 MAX_STAGES = (5, 5, 5, 3)  # by kind; more take memory from the L1 cache, and are slower
 
 
@@ -77,15 +78,17 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     plan = _plan(kind, group, M, N, K, bool(activation), x.device)
-    maps = [_tensor_map(weight.data_ptr(), len(weight), K * 128 // COLUMNS[kind], 128, plan.chunk // 128)]
-    if kind == 3:  # a word for the scale and zero of each group
-        maps.append(_tensor_map(scale.data_ptr(), len(scale), scale.shape[1] * 4, 32, plan.chunk // 4 // group))
+    # Copies take their time by the piece, of at most 128 bytes: 32 scales and zeros, where there are whole ones.
+    wide = kind == 3 and not any(columns // group % 32 for columns in (K, plan.own, plan.chunk * 2))
+    words = 32 if wide else 8
+    maps = _maps(weight.data_ptr(), scale.data_ptr() if kind == 3 else 0, kind, group, words, len(weight), K, plan)
     pointers = [None if kind == 3 else scale, x, bias, norm, residual, y]
-    values = [maps[0], maps[-1], *pointers, M, N, K, eps, offset, ACTIVATIONS[activation], plan.stages, plan.panels]
+    values = [maps, *pointers, M, N, K, eps, offset, ACTIVATIONS[activation], plan.stages, plan.panels]
     values.append(_tickets(x.device)[next(_turns) % TURNS] if plan.dynamic else None)
-    options = (f"KIND={kind}", f"GROUP={group}", f"ROOM={plan.room}", f"CHUNK={plan.chunk}")
-    function = _function("linear", options, x.device)
-    _launch(function, (_multiprocessors(x.device), 1), plan.warps * 32 + 64, plan.shared, values, x.device)
+    options = (f"KIND={kind}", f"GROUP={group}", f"ROOM={plan.room}", f"CHUNK={plan.chunk}", f"WARPS={plan.warps}")
+    function = _function("linear", (*options, f"WORDS={words}", f"SPLIT={plan.split}"), x.device)
+    blocks = _multiprocessors(x.device) // plan.split * plan.split
+    _launch(function, (blocks, 1), plan.warps * 32 + 64, plan.shared, values, x.device, cluster=plan.split)
     return y
 
 
@@ -191,8 +194,10 @@ def _tickets(device: torch.device) -> Tensor:
 
 
 class Plan(NamedTuple):
-    """How a block uses its shared memory."""
+    """How blocks share the work, and how one uses its shared memory."""
 
+    split: int  # blocks that share tiles, each of which takes some of the columns
+    own: int  # columns of a block
     chunk: int  # bytes that are copied of a row at a time
     room: int  # rows of x that the variant has room for
     warps: int  # that multiply
@@ -206,15 +211,19 @@ class Plan(NamedTuple):
 def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: torch.device) -> Plan:
     """One block to a multiprocessor, as few panels as leave room for four stages; laid out as linear_cuda.cu does."""
     room, most = next(r for r in (1, 2, 4, 8) if M <= r), _shared_memory(device)
-    chunk = 1024 if K * 128 // COLUMNS[kind] <= 1024 else 2048
-    warps = 8 if room == 1 or chunk == 1024 else 16
+    unit = 8 * group if kind == 3 else COLUMNS[kind]  # columns that go together
+    # Where there is much of x, each block prepares half of it; not where tiles are short, which it makes shorter still.
+    split = 2 if room > 1 and room * K >= (SPLIT_PAIRS if pairs else SPLIT) and K >= 2 * unit else 1
+    own = -(-K // unit // split) * unit
+    chunk = 1024 if own * 128 // COLUMNS[kind] <= 1024 else 2048
+    warps = 8 if room == 1 else 16
     stage = TILE_ROWS * chunk + (TILE_ROWS * chunk * 8 // group if kind == 3 else 0) + 24
     in_chunk = chunk * COLUMNS[kind] // 128  # columns
-    chunks = -(-K // in_chunk)
-    step, blocks = TILE_ROWS // (2 if pairs else 1), _multiprocessors(device)
+    chunks = -(-own // in_chunk)
+    step, blocks = TILE_ROWS // (2 if pairs else 1), _multiprocessors(device) // split
     rounds = N // (step * blocks)
     # An even share of what does not go round is better where it spares each block half of a tile.
-    dynamic = rounds >= 4 or (rounds > 0 and (pairs or -(-(N % (step * blocks)) // blocks) > 8))
+    dynamic = split == 1 and (rounds >= 4 or (rounds > 0 and (pairs or -(-(N % (step * blocks)) // blocks) > 8)))
     plans = []
     for panels in range(1, chunks + 1):
         columns = -(-chunks // panels) * in_chunk
@@ -222,11 +231,14 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
         x = (M if kind < 2 else 2 * M) * (row + (bank - row) % 128)
         units = (0, M * columns // 128 * 4, M * columns // 128 * 4, M * columns // 32 * 8)[kind]
         parts = 2 * warps * TILE_ROWS * room * 4
+        sums = warps * 128  # of squares
+        sums += (4 * max(1, room // 2) + 1) * 128 * (split - 1)  # and what the other block sends
         totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
-        base = x + units + parts + totals + 32
+        base = x + units + parts + sums + totals + 64
         stages = min(MAX_STAGES[kind] * 2048 // chunk, (most - base) // stage)
-        if columns * (panels - 1) < K:  # the last panel is not empty
-            plans.append(Plan(chunk, room, warps, stages, panels, panels == 1 and dynamic, base + stages * stage))
+        if columns * (panels - 1) < own:  # the last panel is not empty
+            shared = base + stages * stage
+            plans.append(Plan(split, own, chunk, room, warps, stages, panels, panels == 1 and dynamic, shared))
     return max(plans, key=lambda plan: (min(plan.stages, 4 * 2048 // chunk), -plan.panels, plan.stages))
 
 
@@ -275,13 +287,27 @@ def _shared_memory(device: torch.device) -> int:
 
 
 @functools.cache
-def _tensor_map(pointer: int, rows: int, row_bytes: int, box_bytes: int, count: int) -> ctypes.Array:
+def _maps(weight: int, scale: int, kind: int, group: int, words: int, rows: int, K: int, plan: Plan) -> ctypes.Array:
+    """What each block of a cluster copies from a weight and, of int4, its scales and zeros, at these addresses."""
+    maps, pitch = [], K * 128 // COLUMNS[kind]
+    for begin in range(0, plan.split * plan.own, plan.own):
+        end = min(begin + plan.own, K)
+        first, last = (i * 128 // COLUMNS[kind] for i in (begin, end))
+        maps.append(_tensor_map(weight + first, rows, pitch, last - first, 128, plan.chunk // 128))
+    for begin in range(0, plan.split * plan.own, plan.own) if kind == 3 else ():
+        end, count = min(begin + plan.own, K), plan.chunk * 2 // group // words
+        width = (end - begin) // group * 4
+        maps.append(_tensor_map(scale + begin // group * 4, rows, K // group * 4, width, 4 * words, count))
+    return (ctypes.c_ubyte * (256 * plan.split)).from_buffer_copy(b"".join(maps).ljust(256 * plan.split, b"\0"))
+
+
+def _tensor_map(pointer: int, rows: int, pitch: int, row_bytes: int, box_bytes: int, count: int) -> ctypes.Array:
     """How a matrix of bytes is copied: boxes of 8 rows and `box_bytes` (32 or 128) of each, `count` of them at a time,
     their 16-byte words permuted by the row, so that threads that read a column of rows meet no bank twice."""
     buffer = (ctypes.c_ubyte * 192)()
     result = (ctypes.c_ubyte * 128).from_buffer(buffer, -ctypes.addressof(buffer) % 64)  # aligned to 64 bytes
     sizes = (ctypes.c_uint64 * 3)(box_bytes, rows, row_bytes // box_bytes)
-    strides = (ctypes.c_uint64 * 2)(row_bytes, box_bytes)
+    strides = (ctypes.c_uint64 * 2)(pitch, box_bytes)
     box, ones = (ctypes.c_uint32 * 3)(box_bytes, 8, count), (ctypes.c_uint32 * 3)(1, 1, 1)
     swizzle = {32: 1, 128: 3}[box_bytes]  # CU_TENSOR_MAP_SWIZZLE_32B, _128B
     # Of bytes, three dimensions; in the end: not interleaved, swizzled, no more brought into L2, zeros beyond the end.
@@ -316,15 +342,19 @@ def _argument(value):
     return kind(value) if kind else value
 
 
-def _launch(function: ctypes.c_void_p, grid: tuple[int, int], threads: int, shared: int, values: list, device) -> None:
-    """Launch a kernel that may start while the one before it ends, with `shared` bytes of shared memory a block."""
+def _launch(function: ctypes.c_void_p, grid: tuple[int, int], threads: int, shared: int, values: list, device,
+            cluster: int = 1) -> None:  # fmt: skip
+    """Launch a kernel that may start while the one before it ends, with `shared` bytes of shared memory a block, in
+    clusters of that many blocks."""
     values = [_argument(v) for v in values]
     parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-    attribute = _Attribute(id=6)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value[0] = 1
+    attributes = (_Attribute * 2)(_Attribute(id=4), _Attribute(id=6))
+    attributes[0].value[:3] = cluster, 1, 1  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    attributes[1].value[0] = 1  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    first = 0 if cluster > 1 else 1
     config = _Config(
         grid=(*grid, 1), block=(threads, 1, 1), shared=shared, stream=torch.cuda.current_stream(device).cuda_stream,
-        attributes=ctypes.pointer(attribute), n_attributes=int(_overlaps(device)),
+        attributes=ctypes.pointer(attributes[first]), n_attributes=2 - first if _overlaps(device) else 0,
     )  # fmt: skip
     with torch.cuda.device(device):
         _check(_libraries()[1].cuLaunchKernelEx(ctypes.byref(config), function, parameters, None), "cuLaunchKernelEx")

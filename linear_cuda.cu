@@ -13,29 +13,41 @@
 // to the largest of 128; with many rows of x it becomes bf16. One last warp adds up what these warps leave for a tile of
 // 16 rows, and stores it, while they are at the next one.
 //
+// Where x has several rows, to prepare it takes each block a while. Then two neighbouring blocks (a cluster) take the same
+// rows of W, half of the columns each, and so prepare half of x; they finish tiles in turn, and send each other what the
+// other's tiles lack.
+//
 // Set at compilation: KIND (0 bf16, 1 fp8 e4m3, 2 int8, 3 int4), GROUP (of int4, else any), ROOM (rows of x it has
-// room for), CHUNK. Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor, mbarrier, griddepcontrol).
+// room for), CHUNK, WARPS (that multiply), WORDS (of a row's scales and zeros, of int4, that are copied in one piece),
+// SPLIT (1, or 2 blocks that share tiles). Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor, mbarrier,
+// griddepcontrol, mapa, st.async).
 
 typedef unsigned int u32;
 typedef unsigned char u8;
 typedef unsigned short u16;
 struct alignas(64) TensorMap { u8 opaque[128]; };
+struct Maps { TensorMap w[SPLIT], scale_zero[SPLIT]; };  // of each block of a cluster
 
-constexpr int WARPS = ROOM == 1 || CHUNK < 2048 ? 8 : 16, THREADS = WARPS * 32;  // that multiply; one more sends for weights, one finishes sums
+constexpr int THREADS = WARPS * 32;                // that multiply; one more warp sends for weights, one finishes sums
 constexpr int ROWS = 16, HALF = 8 * CHUNK;         // rows of W in a stage, and bytes of eight of them
-constexpr int BLOCKS = CHUNK / 128 / WARPS;         // of 128 bytes of a chunk, that are a warp's
+constexpr int SHARE = CHUNK / WARPS < 128 ? CHUNK / WARPS : 128;  // bytes of a row that a warp multiplies at a time: 64 or 128
+constexpr int BLOCKS = CHUNK / SHARE / WARPS;      // of them in a chunk, that are a warp's
 constexpr bool FLOAT = KIND < 2;
 // fp8 as fp16 takes one instruction where bf16 takes three, but x then needs exponents, which of 8 rows cost more.
 constexpr bool FP16 = KIND == 1 && ROOM < 8, EXPONENTS = FP16 || !FLOAT;
 constexpr int CHAINS = 2;                          // of products that wait for one another
 constexpr int TILES = !FLOAT && ROOM > 4 ? 2 : 1;  // of 8 columns: a row of x is two of them, if it is integers
-constexpr int BOXES = KIND == 3 ? CHUNK * 2 / GROUP / 8 : 0;  // of 8 scales and zeros for 8 rows of W
-constexpr int STAGE = 2 * HALF + 2 * BOXES * 256;
+constexpr int BOX = WORDS * 32;                    // bytes of WORDS scales and zeros for 8 rows of W
+constexpr int BOXES = KIND == 3 ? CHUNK * 2 / GROUP / WORDS : 0;
+constexpr int STAGE = 2 * HALF + 2 * BOXES * BOX;
 constexpr int FLIGHT = 4096 / CHUNK;               // stages that are sent for at a time: 64 KB keep its share of the bus busy
 constexpr int X_BANK = KIND == 3 ? 32 : 16;        // a pitch that spreads what a warp reads at once over all banks
 constexpr int SPAN = KIND == 3 ? 32 : 128;         // columns of x that share an exponent, unless it stays bf16
+constexpr int EACH = ROOM == 1 ? 1 : ROOM / 2;     // sums of a tile that each lane finishes
+constexpr int PLACES = 4;                          // for sums that the other block of a cluster sends
+constexpr int GROUPS = ROOM == 1 ? 1 : 2;          // of warps, that prepare different rows of x
 // int4: with few rows of x, several blocks of 32 columns get columns of their own in one accumulator.
-constexpr int PLANES = KIND != 3 ? 8 : ROOM >= 4 ? 8 : 2 * ROOM, SLOTS = 8 / PLANES, BATCHES = KIND == 3 ? 8 / SLOTS : 1;
+constexpr int PLANES = KIND != 3 ? 8 : ROOM >= 4 ? 8 : 2 * ROOM, SLOTS = 8 / PLANES, BATCHES = KIND == 3 ? SHARE / 16 / SLOTS : 1;
 
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -51,6 +63,24 @@ __device__ __forceinline__ void set_up(u32 barrier, int arrivals) {
 __device__ __forceinline__ void arrive(u32 barrier, int lane) {  // once a warp, for all of its lanes
     __syncwarp();
     if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+
+// Of the other block of a cluster: an address in its shared memory; a word stored there, of which a barrier there is told.
+__device__ __forceinline__ u32 at_other(u32 address, int part) {
+    u32 r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(part ^ 1));
+    return r;
+}
+__device__ __forceinline__ void send_other(u32 to, float v, u32 barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+                 :: "r"(to), "r"(__float_as_uint(v)), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void expect(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait_for_other(u32 barrier, u32 phase) {
+    asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1; @!p bra again; }"
+                 :: "r"(barrier), "r"(phase) : "memory");
 }
 
 __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
@@ -130,7 +160,7 @@ __device__ __forceinline__ float activated(float v, int activation) {
 struct Tile { int n; short rows, chunk; };  // chunk: the one it begins with
 
 __device__ __forceinline__ Tile tile_at(int i, int N, int step) {
-    const int blocks = gridDim.x, rounds = N / (step * blocks), block = blockIdx.x;
+    const int blocks = gridDim.x / SPLIT, rounds = N / (step * blocks), block = blockIdx.x / SPLIT;
     if (i < rounds) return {(i * blocks + block) * step, (short)step};
     const int rest = N - rounds * step * blocks, first = rest * block / blocks;
     return {rounds * step * blocks + first, (short)(i > rounds ? 0 : rest * (block + 1) / blocks - first)};
@@ -165,14 +195,13 @@ __device__ __forceinline__ void send(Ring ring, const TensorMap& w, const Tensor
                     wait_for(ring.full + (before < 0 ? before + ring.size : before) * 8, ring.parity ^ (before < 0));
                 tile_of[ring.stage] = tile;
                 ring.next();
-                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                             :: "r"(barrier), "r"(both ? STAGE : tile.rows ? STAGE / 2 : 0) : "memory");
+                expect(barrier, both ? STAGE : tile.rows ? STAGE / 2 : 0);
                 if (!tile.rows) break;
                 copy(to, &w, tile.n, (first + chunk) * (CHUNK / 128), barrier);
                 if (both) copy(to + HALF, &w, second, (first + chunk) * (CHUNK / 128), barrier);
                 if (KIND == 3) {
                     copy(to + 2 * HALF, &scale_zero, tile.n, (first + chunk) * BOXES, barrier);
-                    if (both) copy(to + 2 * HALF + BOXES * 256, &scale_zero, second, (first + chunk) * BOXES, barrier);
+                    if (both) copy(to + 2 * HALF + BOXES * BOX, &scale_zero, second, (first + chunk) * BOXES, barrier);
                 }
             }
             return tile.rows != 0;
@@ -195,14 +224,50 @@ __device__ __forceinline__ void send(Ring ring, const TensorMap& w, const Tensor
     if (taken && atomicAdd(taken + 1, 1) == gridDim.x - 1) taken[0] = taken[1] = 0;
 }
 
-// By the warp that adds up what the others have summed, and stores outputs.
+struct alignas(4 * EACH) Sums { float of[EACH]; };
+
+// By the warp that adds up what the others have summed, and stores outputs. squares: null, or of each row of x what it has
+// to be divided by the root of the mean of.
 __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const float* parts, float* totals, u32 summed,
-                                       const float* scale, const u16* bias, const u16* residual, u16* y, int M, int N,
-                                       int step, int activation, int chunks, int a_panel, int panels) {
-    const int lane = threadIdx.x % 32, r = lane % ROWS;
+                                       const float* squares, const float* scale, const u16* bias, const u16* residual,
+                                       u16* y, int M, int N, int K, float eps, int step, int activation, int chunks,
+                                       int a_panel, int panels, float* from_other, u32 received, int part) {
+    // Of a tile's sums [ROWS][ROOM] each lane has EACH neighbours; of one row of x there is one for half of the lanes.
+    const int lane = threadIdx.x % 32, r = ROOM == 1 ? lane % ROWS : lane / 2, m0 = ROOM == 1 ? 0 : lane % 2 * EACH;
     const bool pairs = activation != 0;
-    constexpr int EACH = ROOM == 1 ? 1 : ROOM / 2;
+    float* squares_of_other = from_other + PLACES * EACH * 32;
+    if constexpr (SPLIT > 1) {
+        if (lane < PLACES) expect(received + lane * 8, (EACH + (squares && lane == 0)) * 128);
+        asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // the other's barriers are set up
+    }
     asm volatile("griddepcontrol.wait;" ::: "memory");
+
+    // Of the tile that is being finished; `total` of the squares of row lane / (32 / ROOM), and what divides it.
+    int out = 0, pending = -1;
+    bool exists = false;
+    float s = 1, b = 0, rest[EACH], values[EACH], total = 0, inv = 1;
+    const auto store = [&](int i) {
+        if constexpr (SPLIT > 1) {
+            const int place = i / SPLIT % PLACES;
+            wait_for_other(received + place * 8, i / SPLIT / PLACES % 2);
+            for (int j = 0; j < EACH; j++) values[j] += from_other[(place * EACH + j) * 32 + lane];
+            if (squares && i < SPLIT) total += squares_of_other[lane];
+            __syncwarp();
+            if (lane == 0) expect(received + place * 8, EACH * 128);
+        }
+        if (squares && i < SPLIT) inv = rsqrtf(total / K + eps);
+        #pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            const int m = m0 + j;
+            float value = values[j];
+            if (KIND == 1 && !FP16) value *= 1152921504606846976.0f;
+            value = value * (s * __shfl_sync(~0u, inv, m * (32 / ROOM))) + b;
+            const float up = __shfl_down_sync(~0u, value, ROOM == 1 ? 8 : 16);
+            if (pairs) value = activated(value, activation) * up;
+            if (exists && m < M && !(pairs && r >= step) && lane < (ROOM == 1 ? ROWS : 32))
+                y[(long long)m * N + out] = to_bf16(value + rest[j]);
+        }
+    };
     int turn = 0;
     for (int panel = 0; panel < panels; panel++)
         for (int i = 0;; i++, turn++) {
@@ -210,56 +275,70 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
             const Tile tile = tile_of[ring.stage];
             ring.release(lane);
             if (!tile.rows) break;
-            // What is needed in the end is under way while others multiply.
-            const int out = tile.n + r % step;
-            const bool exists = r % step < tile.rows && (pairs || r < tile.rows);
-            const long long row = pairs && r >= step ? N + out : out;
-            float s = 1, b = 0, rest[EACH];
-            if (exists && panel == panels - 1) {
-                if (KIND == 1 || KIND == 2) s = scale[row];
-                if (bias) b = low_bf16(bias[row]);
+            const bool mine = i % SPLIT == part, last = panel == panels - 1;
+            if (mine && last) {  // what is needed in the end is under way while others multiply
+                out = tile.n + r % step;
+                exists = r % step < tile.rows && (pairs || r < tile.rows);
+                const long long row = pairs && r >= step ? N + out : out;
+                if (exists && (KIND == 1 || KIND == 2)) s = scale[row];
+                if (exists && bias) b = low_bf16(bias[row]);
                 #pragma unroll
                 for (int j = 0; j < EACH; j++) {
-                    const int m = lane / ROWS + 2 * j;
-                    rest[j] = residual && m < M ? low_bf16(load_fresh(residual + (long long)m * N + out)) : 0;
+                    const int m = m0 + j;
+                    rest[j] = residual && exists && m < M ? low_bf16(load_fresh(residual + (long long)m * N + out)) : 0;
                 }
             }
+            #pragma unroll 1
             for (int k = 1; k < min(a_panel, chunks - panel * a_panel); k++) {
                 wait_for(ring.full + ring.stage * 8, ring.parity);
                 ring.release(lane);
             }
             wait_for(summed + turn % 2 * 8, turn / 2 % 2);
+            float sums[EACH] = {};
+            const Sums* from = (const Sums*)(parts + (turn % 2 * WARPS * ROWS + r) * ROOM + m0);
             #pragma unroll
-            for (int j = 0; j < EACH; j++) {
-                const int m = ROOM == 1 ? 0 : lane / ROWS + 2 * j;
-                float value = 0;
-                for (int k = 0; k < WARPS; k++) value += parts[((turn % 2 * WARPS + k) * ROWS + r) * ROOM + m];
-                if (panels > 1) {
-                    float* total = totals + (i * ROWS + r) * ROOM + m;
-                    if (panel > 0) value += *total;
-                    if (panel < panels - 1) {
-                        __syncwarp();  // of one row both halves of the warp hold the same sums
-                        if (ROOM > 1 || lane < ROWS) *total = value;
-                        continue;
-                    }
-                }
-                if (KIND == 1 && !FP16) value *= 1152921504606846976.0f;
-                value = value * s + b;
-                const float up = __shfl_down_sync(~0u, value, 8);
-                if (pairs) value = activated(value, activation) * up;
-                if (exists && m < M && !(pairs && r >= step) && lane < (ROOM == 1 ? ROWS : 32))
-                    y[(long long)m * N + out] = to_bf16(value + rest[j]);
+            for (int k = 0; k < WARPS; k++) {
+                const Sums more = from[k * (ROWS * ROOM / EACH)];
+                for (int j = 0; j < EACH; j++) sums[j] += more.of[j];
             }
+            if (panels > 1)
+                for (int j = 0; j < EACH; j++) {
+                    float* sum = totals + (i * ROWS + r) * ROOM + m0 + j;
+                    if (panel > 0) sums[j] += *sum;
+                    __syncwarp();  // of one row both halves of the warp hold the same sums
+                    if (ROOM > 1 || lane < ROWS) *sum = sums[j];
+                }
             arrive(summed + 16 + turn % 2 * 8, lane);
+            if (!last) continue;
+            if (squares && i == 0) {
+                constexpr int LANES = 32 / ROOM;
+                for (int k = 0; k < WARPS; k++) total += squares[(lane / LANES * WARPS + k) * LANES + lane % LANES];
+                for (int d = 1; d < LANES; d *= 2) total += __shfl_xor_sync(~0u, total, d);
+            }
+            if (mine)
+                for (int j = 0; j < EACH; j++) values[j] = sums[j];
+            if (SPLIT == 1) store(i);
+            else if (mine) pending = i;  // the other's sums are under way while the next tile is multiplied
+            else {
+                // There are four places, so that this one has been read: the other has sent its sums of the tile before the
+                // last of its own, and had finished the one before that.
+                const int place = i / SPLIT % PLACES;
+                const u32 to = at_other(address(from_other + place * EACH * 32 + lane), part);
+                const u32 barrier = at_other(received + place * 8, part);
+                for (int j = 0; j < EACH; j++) send_other(to + j * 128, sums[j], barrier);
+                if (squares && i < SPLIT) send_other(at_other(address(squares_of_other + lane), part), total, barrier);
+                if (pending >= 0) store(pending), pending = -1;
+            }
         }
+    if (SPLIT > 1 && pending >= 0) store(pending);
 }
 
 constexpr int PIECES = ROOM == 1 ? 2 : 1;          // of eight neighbouring elements of x, that a thread turns at a time
 
-// Neighbouring elements of a row of x (normalized, if there is a norm) into shared memory, as KIND wants them. All lanes
-// of a warp call it, with neighbouring i; those beyond the panel have `valid` false.
-__device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans, int m, int i, bool valid,
-                                    const uint4 (&v)[PIECES], const uint4 (&n)[PIECES], bool norm, float offset, float inv) {
+// Neighbouring elements of a row of x (times the norm's weight, if there is one) into shared memory, as KIND wants them.
+// All lanes of a warp call it, with neighbouring i.
+__device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans, int m, int i,
+                                    const uint4 (&v)[PIECES], const uint4 (&n)[PIECES], bool norm, float offset) {
     u32 raw[4 * PIECES];
     float a[8 * PIECES];
     #pragma unroll
@@ -268,7 +347,7 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
         a[2 * j] = low_bf16(raw[j]), a[2 * j + 1] = high_bf16(raw[j]);
         if (norm) {
             const u32 weight = ((const u32*)n)[j];
-            a[2 * j] *= (low_bf16(weight) + offset) * inv, a[2 * j + 1] *= (high_bf16(weight) + offset) * inv;
+            a[2 * j] *= low_bf16(weight) + offset, a[2 * j + 1] *= high_bf16(weight) + offset;
             if (KIND == 0) raw[j] = two_bf16(a[2 * j], a[2 * j + 1]);
         }
     }
@@ -282,7 +361,7 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
                 r = make_uint4(two_bf16(b[1] * up, b[3] * up), two_bf16(b[0] * up, b[2] * up),
                                two_bf16(b[5] * up, b[7] * up), two_bf16(b[4] * up, b[6] * up));
             }
-            if (valid) *(uint4*)(xs + m * x_pitch + (i * PIECES + p) * 16) = r;
+            *(uint4*)(xs + m * x_pitch + (i * PIECES + p) * 16) = r;
         }
     } else {
         constexpr int LANES = SPAN / 8 / PIECES;  // that share an exponent
@@ -300,10 +379,9 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
             #pragma unroll
             for (int p = 0; p < PIECES; p++) {
                 const float* b = a + 8 * p;
-                if (valid)
-                    *(uint4*)(xs + m * x_pitch + (i * PIECES + p) * 16) =
-                        make_uint4(two_fp16(b[0] * up, b[1] * up), two_fp16(b[2] * up, b[3] * up),
-                                   two_fp16(b[4] * up, b[5] * up), two_fp16(b[6] * up, b[7] * up));
+                *(uint4*)(xs + m * x_pitch + (i * PIECES + p) * 16) =
+                    make_uint4(two_fp16(b[0] * up, b[1] * up), two_fp16(b[2] * up, b[3] * up),
+                               two_fp16(b[4] * up, b[5] * up), two_fp16(b[6] * up, b[7] * up));
             }
         } else {
             // Adding 1.5 * 2^23 leaves an integer in the mantissa. With 0x8080 more, both of its bytes are 128 too large:
@@ -323,13 +401,13 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
                     digit[0][word] = __byte_perm(b, c, 0x6420) ^ 0x80808080, digit[1][word] = __byte_perm(b, c, 0x7531) ^ 0x80808080;
                 }
                 for (int d = 0; d < 2; d++)
-                    if (valid) *(uint2*)(xs + (2 * m + d) * x_pitch + (i * PIECES + p) * 8) = make_uint2(digit[d][0], digit[d][1]);
+                    *(uint2*)(xs + (2 * m + d) * x_pitch + (i * PIECES + p) * 8) = make_uint2(digit[d][0], digit[d][1]);
             }
         }
         total -= 8 * PIECES * (0x4B400000u + 0x8080);
         if (KIND == 3)
             for (int d = 1; d < LANES; d *= 2) total += __shfl_xor_sync(~0u, total, d);
-        if (valid && i % LANES == 0) {
+        if (i % LANES == 0) {
             int at = m * spans + i / LANES;
             if (KIND == 3) ((float2*)units)[at] = make_float2(unit, (int)total * unit);
             else units[at] = unit;
@@ -337,123 +415,117 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 64, 1)
-linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap scale_zero, const float* __restrict__ scale,
-       const u16* __restrict__ x, const u16* __restrict__ bias, const u16* __restrict__ norm,
-       const u16* __restrict__ residual, u16* __restrict__ y, int M, int N, int K, float eps, float offset,
-       int activation, int stages, int panels, u32* taken) {
+extern "C" __global__ void __launch_bounds__(THREADS + 64, ROOM == 1 ? 2 : 1)  // few registers: attention has room beside one row
+linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const u16* __restrict__ x,
+       const u16* __restrict__ bias, const u16* __restrict__ norm, const u16* __restrict__ residual, u16* __restrict__ y,
+       int M, int N, int K, float eps, float offset, int activation, int stages, int panels, u32* taken) {
     extern __shared__ __align__(1024) u8 shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int bytes = KIND == 0 ? 2 * K : KIND == 3 ? K / 2 : K;                         // of a row of W
-    const int chunks = (bytes + CHUNK - 1) / CHUNK, a_panel = (chunks + panels - 1) / panels;
-    const int columns = a_panel * (KIND == 0 ? CHUNK / 2 : KIND == 3 ? CHUNK * 2 : CHUNK), spans = columns / SPAN;
+    constexpr int PER_128 = KIND == 0 ? 64 : KIND == 3 ? 256 : 128, UNIT = KIND == 3 ? 8 * GROUP : PER_128;  // columns
+    const int part = SPLIT > 1 ? blockIdx.x % SPLIT : 0, own = (K / UNIT + SPLIT - 1) / SPLIT * UNIT, begin = part * own;
+    const int chunks = (own / PER_128 * 128 + CHUNK - 1) / CHUNK, a_panel = (chunks + panels - 1) / panels;
+    const int columns = a_panel * (CHUNK / 128 * PER_128), spans = columns / SPAN;
     const int x_bytes = FLOAT ? 2 * columns : columns, x_pitch = x_bytes + ((X_BANK - x_bytes) & 127);
     const bool pairs = activation != 0;                                                  // rows of gate, and of up
     const int step = pairs ? ROWS / 2 : ROWS;
     u8* xs = shared + stages * STAGE;
     float* units = (float*)(xs + (FLOAT ? M : 2 * M) * x_pitch);
     float* parts = units + (EXPONENTS ? M * spans * (KIND == 3 ? 2 : 1) : 0);           // [2][WARPS][ROWS][ROOM]
-    float* totals = parts + 2 * WARPS * ROWS * ROOM;                                     // [tiles][ROWS][ROOM]
-    Tile* tile_of = (Tile*)(totals + (panels > 1 ? (N / (step * gridDim.x) + 1) * ROWS * ROOM : 0));  // by stage
+    float* squares = parts + 2 * WARPS * ROWS * ROOM;                                    // [ROOM][WARPS * 32 / ROOM]
+    float* from_other = squares + WARPS * 32;                                           // a tile's sums, and of squares
+    float* totals = from_other + (SPLIT > 1 ? 32 * (PLACES * EACH + 1) : 0);                      // [tiles][ROWS][ROOM]
+    const int tiles = panels > 1 ? N / (step * (gridDim.x / SPLIT)) + 1 : 0;             // of this block, at most
+    Tile* tile_of = (Tile*)(totals + tiles * ROWS * ROOM);                               // by stage
     const u32 full = address(tile_of + stages), empty = full + stages * 8;
-    const u32 summed = empty + stages * 8;                                               // two tiles in turn; finished
+    const u32 summed = empty + stages * 8, received = summed + 32;                       // two tiles in turn; finished
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < stages; i++) set_up(full + i * 8, 1), set_up(empty + i * 8, WARPS + 1);
         for (int i = 0; i < 2; i++) set_up(summed + i * 8, WARPS), set_up(summed + 16 + i * 8, 1);
+        for (int i = 0; i < PLACES; i++) set_up(received + i * 8, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    if (SPLIT > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
     Ring ring{full, empty, stages, 0, 0};
 
     if (warp == WARPS) {
-        if (lane == 0) send(ring, w, scale_zero, shared, tile_of, N, step, pairs, chunks, a_panel, panels, taken);
+        if (lane == 0)
+            send(ring, maps.w[part], maps.scale_zero[part], shared, tile_of, N, step, pairs, chunks, a_panel, panels, taken);
         return;
     }
     if (warp > WARPS) {
-        finish(ring, tile_of, parts, totals, summed, scale, bias, residual, y, M, N, step, activation, chunks, a_panel, panels);
+        finish(ring, tile_of, parts, totals, summed, norm ? squares : nullptr, scale, bias, residual, y, M, N, K, eps, step,
+               activation, chunks, a_panel, panels, from_other, received, part);
         return;
     }
 
-    const int items = K / 8 / PIECES, places = columns / 8 / PIECES;  // of a row of x, what a thread takes; of a panel
-    constexpr int KEEP = ROOM == 1 ? 4 : 1;                          // of them that a thread holds, of each row
-    const bool keep = panels == 1 && items <= KEEP * THREADS;
-    uint4 n[KEEP][PIECES], v[KEEP][ROOM][PIECES];
-    float inv[ROOM] = {};
-    const auto load_norm = [&](uint4 (&a)[PIECES], int i) {
+    // Of a row of x, what a thread takes at a time is an item. Where there are several rows, half of the threads take half
+    // of them.
+    constexpr int THEIRS = ROOM / GROUPS, BESIDE = THREADS / GROUPS;
+    constexpr int KEEP = ROOM == 8 || ROOM * WARPS == 16 ? 2 : 4;    // items that a thread has under way, of each row
+    const int items = min(own, K - begin) / 8 / PIECES, places = columns / 8 / PIECES;  // of a row; of a panel
+    const int first_row = threadIdx.x / BESIDE * THEIRS, first_item = threadIdx.x % BESIDE;
+    float sums[THEIRS] = {};  // of squares
+    const auto load_norm = [&](uint4 (&n)[PIECES], int i) {
         #pragma unroll
         for (int p = 0; p < PIECES; p++) {
-            a[p] = make_uint4(0, 0, 0, 0);
-            if (norm && i < items) a[p] = ((const uint4*)norm)[i * PIECES + p];
+            n[p] = make_uint4(0, 0, 0, 0);
+            if (norm && i < items) n[p] = ((const uint4*)(norm + begin))[i * PIECES + p];
         }
     };
-    const auto load = [&](uint4 (&a)[ROOM][PIECES], int i) {  // zeros beyond the end, which there are no weights for
-        #pragma unroll
-        for (int m = 0; m < ROOM; m++)
-            #pragma unroll
-            for (int p = 0; p < PIECES; p++) {
-                a[m][p] = make_uint4(0, 0, 0, 0);
-                if (m < M && i < items) a[m][p] = load_fresh((const uint4*)x + (m * items + i) * PIECES + p);
-            }
-    };
-    const auto add_squares = [&](const uint4 (&a)[ROOM][PIECES]) {
-        #pragma unroll
-        for (int m = 0; m < ROOM; m++)
-            #pragma unroll
-            for (int k = 0; k < 4 * PIECES; k++) {
-                const u32 raw = ((const u32*)a[m])[k];
-                inv[m] += low_bf16(raw) * low_bf16(raw) + high_bf16(raw) * high_bf16(raw);
-            }
-    };
-    if (keep)  // what does not depend on the kernel before this one is loaded before
-        #pragma unroll
-        for (int j = 0; j < KEEP; j++) load_norm(n[j], threadIdx.x + j * THREADS);
-    // From here on the kernel before this one is complete; the next one may start, and send for its weights.
-    asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
-    if (keep) {
-        #pragma unroll
-        for (int j = 0; j < KEEP; j++) load(v[j], threadIdx.x + j * THREADS);
-        if (norm)
-            #pragma unroll
-            for (int j = 0; j < KEEP; j++) add_squares(v[j]);
-    } else if (norm)
-        for (int i = threadIdx.x; i < items; i += THREADS) load(v[0], i), add_squares(v[0]);
-    if (norm) {
-        #pragma unroll
-        for (int m = 0; m < ROOM; m++) {
-            for (int d = 16; d; d /= 2) inv[m] += __shfl_xor_sync(~0u, inv[m], d);
-            if (lane == 0) parts[warp * ROOM + m] = inv[m];
-        }
-        consumers_meet();
-        #pragma unroll
-        for (int m = 0; m < ROOM; m++) {
-            inv[m] = 0;
-            for (int i = 0; i < WARPS; i++) inv[m] += parts[i * ROOM + m];
-            inv[m] = rsqrtf(inv[m] / K + eps);
-        }
-    }
-
-    const auto put_rows = [&](int i, const uint4 (&a)[ROOM][PIECES], const uint4 (&weight)[PIECES]) {
-        #pragma unroll
-        for (int m = 0; m < ROOM; m++)
-            if (m < M) put(xs, units, x_pitch, spans, m, i, i < places, a[m], weight, norm, offset, inv[m]);
-    };
-    if (keep)
-        #pragma unroll
-        for (int j = 0; j < KEEP; j++)
-            if (j * THREADS < places) put_rows(threadIdx.x + j * THREADS, v[j], n[j]);
 
     const bool mine[2] = {g % PLANES < (FLOAT ? M : 2 * M), TILES == 2 && g + 8 < 2 * M};  // columns that exist
     int turn = 0;
     for (int panel = 0; panel < panels; panel++) {
-        consumers_meet();  // done with the panel before, and with the sums of squares
+        if (panel) consumers_meet();  // done with the panel before
         const int count = min(a_panel, chunks - panel * a_panel);
-        if (!keep)
-            for (int i0 = 0; i0 < places; i0 += THREADS) {
-                load_norm(n[0], panel * places + i0 + threadIdx.x), load(v[0], panel * places + i0 + threadIdx.x);
-                put_rows(i0 + threadIdx.x, v[0], n[0]);
+        for (int at = 0; at < places; at += KEEP * BESIDE) {
+            uint4 n[2][PIECES], v[KEEP][THEIRS][PIECES];  // zeros beyond the end, which there are no weights for
+            const int item = panel * places + at + first_item;
+            #pragma unroll
+            for (int j = 0; j < 2; j++) load_norm(n[j], item + j * BESIDE);
+            // From here on the kernel before this one is complete; the next one may start, and send for its weights.
+            asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+            #pragma unroll
+            for (int j = 0; j < KEEP; j++)
+                #pragma unroll
+                for (int m = 0; m < THEIRS; m++)
+                    #pragma unroll
+                    for (int p = 0; p < PIECES; p++) {
+                        const int i = item + j * BESIDE;
+                        v[j][m][p] = make_uint4(0, 0, 0, 0);
+                        if (first_row + m < M && i < items)
+                            v[j][m][p] = load_fresh((const uint4*)(x + (first_row + m) * K + begin) + i * PIECES + p);
+                    }
+            #pragma unroll
+            for (int j = 0; j < KEEP; j++) {
+                const int i = at + first_item + j * BESIDE;
+                if (i >= places) break;
+                #pragma unroll
+                for (int m = 0; m < THEIRS; m++) {
+                    if (first_row + m < M) put(xs, units, x_pitch, spans, first_row + m, i, v[j][m], n[j % 2], norm, offset);
+                    #pragma unroll
+                    for (int k = 0; k < 4 * PIECES; k++) {
+                        const u32 raw = ((const u32*)v[j][m])[k];
+                        sums[m] += low_bf16(raw) * low_bf16(raw) + high_bf16(raw) * high_bf16(raw);
+                    }
+                }
+                if (j + 2 < KEEP) load_norm(n[j % 2], item + (j + 2) * BESIDE);
             }
+        }
         consumers_meet();
+        if (norm && panel == panels - 1) {  // nobody waits for it but who finishes the first tile
+            #pragma unroll
+            for (int half = THEIRS / 2, d = 16; half; half /= 2, d /= 2)  // a lane has half as many rows to add up
+                #pragma unroll
+                for (int m = 0; m < half; m++) {
+                    const float other = __shfl_xor_sync(~0u, lane & d ? sums[m] : sums[m + half], d);
+                    sums[m] = (lane & d ? sums[m + half] : sums[m]) + other;
+                }
+            constexpr int LANES = 32 / THEIRS;  // that have a row's sums
+            squares[(first_row + lane / LANES) * (WARPS / GROUPS * LANES) + warp % (WARPS / GROUPS) * LANES + lane % LANES] = sums[0];
+        }
 
         for (;; turn++) {
             float c[CHAINS][4] = {}, sum[TILES][2] = {};
@@ -463,37 +535,37 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
             for (int k = 0, chunk = tile.chunk; k < (end ? 0 : count); k++, chunk = chunk + 1 < count ? chunk + 1 : 0) {
                 if (k) wait_for(ring.full + ring.stage * 8, ring.parity);
                 // Weights into registers, so that the stage can be filled again soon.
-                uint4 w[BLOCKS][4];
+                uint4 w[BLOCKS][SHARE / 32];
                 u32 s[BLOCKS][BATCHES][2];
                 #pragma unroll
                 for (int i = 0; i < BLOCKS; i++) {
-                    const int block = i * WARPS + warp;
-                    const u8 *stage = shared + ring.stage * STAGE, *ws = stage + block * 1024 + g * 128;
+                    const int byte = (i * WARPS + warp) * SHARE, unit = byte % 128 / 16;
+                    const u8 *stage = shared + ring.stage * STAGE, *ws = stage + byte / 128 * 1024 + g * 128;
                     if constexpr (KIND == 3) {
                         u32* words = (u32*)w[i];
                         #pragma unroll
-                        for (int j = 0; j < 8; j++) {
-                            words[2 * j] = *(const u32*)(ws + (j ^ g) * 16 + 4 * t);
-                            words[2 * j + 1] = *(const u32*)(ws + HALF + (j ^ g) * 16 + 4 * t);
+                        for (int j = 0; j < SHARE / 16; j++) {
+                            words[2 * j] = *(const u32*)(ws + ((unit + j) ^ g) * 16 + 4 * t);
+                            words[2 * j + 1] = *(const u32*)(ws + HALF + ((unit + j) ^ g) * 16 + 4 * t);
                         }
                         #pragma unroll
                         for (int j = 0; j < BATCHES; j++) {
-                            const int slot = j * SLOTS + t / (PLANES / 2), group = (block * 8 + slot) * 32 / GROUP;
-                            const u8* ss = stage + 2 * HALF + group / 8 * 256 + g * 32 +
-                                           ((group / 4 & 1) ^ (g / 4)) * 16 + group % 4 * 4;
-                            s[i][j][0] = *(const u32*)ss, s[i][j][1] = *(const u32*)(ss + BOXES * 256);
+                            const int slot = j * SLOTS + t / (PLANES / 2), group = (byte / 16 + slot) * 32 / GROUP;
+                            const u8* ss = stage + 2 * HALF + group / WORDS * BOX + g * (WORDS * 4) +
+                                           (group % WORDS / 4 ^ g * WORDS / 32) * 16 + group % 4 * 4;
+                            s[i][j][0] = *(const u32*)ss, s[i][j][1] = *(const u32*)(ss + BOXES * BOX);
                         }
                     } else
                         #pragma unroll
-                        for (int u = 0; u < 2; u++) {
-                            w[i][2 * u] = *(const uint4*)(ws + ((2 * t + u) ^ g) * 16);
-                            w[i][2 * u + 1] = *(const uint4*)(ws + HALF + ((2 * t + u) ^ g) * 16);
+                        for (int u = 0; u < SHARE / 64; u++) {
+                            w[i][2 * u] = *(const uint4*)(ws + ((unit + SHARE / 64 * t + u) ^ g) * 16);
+                            w[i][2 * u + 1] = *(const uint4*)(ws + HALF + ((unit + SHARE / 64 * t + u) ^ g) * 16);
                         }
                 }
                 if (ROOM == 1) ring.release(lane);  // with more rows the compiler had better mix what follows with the above
                 #pragma unroll
                 for (int i = 0; i < BLOCKS; i++) {
-                    const int at = chunk * CHUNK + (i * WARPS + warp) * 128;  // byte of the panel's row of W
+                    const int at = chunk * CHUNK + (i * WARPS + warp) * SHARE;  // byte of the panel's row of W
                     if constexpr (KIND == 3) {
                         const u32* words = (const u32*)w[i];
                         #pragma unroll
@@ -531,9 +603,9 @@ linear(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap sc
                         int whole[TILES][4] = {};
                         float part[CHAINS][4] = {};
                         #pragma unroll
-                        for (int u = 0; u < 2; u++) {
+                        for (int u = 0; u < SHARE / 64; u++) {
                             const uint4 lo = w[i][2 * u], hi = w[i][2 * u + 1];
-                            const int byte = at + 32 * t + 16 * u;
+                            const int byte = at + SHARE / 4 * t + 16 * u;
                             if constexpr (KIND == 0) {
                                 uint4 v = make_uint4(0, 0, 0, 0);
                                 if (mine[0]) v = *(const uint4*)(xs + g * x_pitch + byte);
