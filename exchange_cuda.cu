@@ -7,6 +7,8 @@
 // sends words of exchange n + 1 after its own exchange n has ended, and so after it has read all words of n; who has
 // words of n + 1 from all others may write n + 2 where n was.
 //
+// A linear (linear_cuda.cu) writes such words itself, of a float32 each; `collect` then reads what all have written.
+//
 // Sums are in float32, in the order of ranks: the same bits on each GPU. All GPUs must make the same exchanges in the
 // same order. Source: the idea of NCCL's low-latency protocol
 // (https://github.com/NVIDIA/nccl/issues/765).
@@ -48,6 +50,15 @@ __device__ __forceinline__ void let_next_start_and_wait() {
 #endif
 }
 
+// By the last block that ends an exchange, whose number all of them have read: the next one's.
+__device__ __forceinline__ void end_turn(u32* state, u32 turn) {
+    __syncthreads();
+    if (threadIdx.x == 0 && atomicAdd(state + 1, 1) == gridDim.x - 1) {
+        state[1] = 0;
+        state[0] = turn + 1 ? turn + 1 : 2;  // memory that was never written to holds zeros
+    }
+}
+
 // x: n pieces of 8 bytes, a thread each. y: their sum, or if `gather` those of each rank. state: the number of this
 // exchange, from 1 on, and blocks that have ended it, zero before and after. BF16: what is summed; else float32.
 extern "C" __global__ void __launch_bounds__(256)
@@ -80,9 +91,30 @@ exchange(const uint2* __restrict__ x, uint2* __restrict__ y, const __grid_consta
         if (!gather && BF16) y[i] = make_uint2(two_bf16(sum[0], sum[1]), two_bf16(sum[2], sum[3]));
         else if (!gather) y[i] = make_uint2(__float_as_uint(sum[0]), __float_as_uint(sum[1]));
     }
-    __syncthreads();  // all have read which exchange it is
-    if (threadIdx.x == 0 && atomicAdd(state + 1, 1) == gridDim.x - 1) {
-        state[1] = 0;
-        state[0] = turn + 1 ? turn + 1 : 2;  // memory that was never written to holds zeros
+    end_turn(state, turn);
+}
+
+// y = residual + the sum over ranks of what a linear has written into the memory of all: n pairs of bf16, a thread each. It
+// does not wait for the end of that linear: as long as that runs, no kernel after it touches what this one reads, or
+// writes, and the kernel before it has ended.
+extern "C" __global__ void __launch_bounds__(256)
+collect(const u32* __restrict__ residual, u32* __restrict__ y, const __grid_constant__ Memory memory, int rank, int world,
+        int n, int room, u32* state) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+    const u32 turn = load_now(state);
+    const int i = blockIdx.x * 256 + threadIdx.x;
+    if (i < n) {
+        const u32 rest = load_now(residual + i);
+        float low = 0, high = 0;
+        for (int r = 0; r < world; r++) {
+            ulonglong2 words;
+            do words = load_now(memory.of[rank] + (((u64)(turn & 1) * world + r) * room + i) * 16);
+            while (words.x >> 32 != turn || words.y >> 32 != turn);
+            low += __uint_as_float((u32)words.x), high += __uint_as_float((u32)words.y);
+        }
+        y[i] = two_bf16(low + __uint_as_float(rest << 16), high + __uint_as_float(rest & 0xFFFF0000));
     }
+    end_turn(state, turn);
 }

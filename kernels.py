@@ -232,9 +232,7 @@ class FusedNormLinear(nn.Module):
         if not few_rows(x):
             return self.linear(self.norm(x))
         n = self.norm
-        return torch.ops.hotloop.linear(
-            x, *stored(self.linear), self.linear.bias, n.weight, None, n.eps, n.offset, ""
-        )
+        return torch.ops.hotloop.linear(x, *stored(self.linear), self.linear.bias, n.weight, None, n.eps, n.offset, "")
 
 
 class FusedNormGateUp(nn.Module):
@@ -262,13 +260,14 @@ class FusedLinearResidual(nn.Module):
         self.linear = plain.linear
         # Where the columns are split over ranks, their results are summed, and one of them adds the residual.
         self.all_reduce, self.adds_residual = getattr(plain, "all_reduce", None), getattr(plain, "adds_residual", True)
+        self.linear_sum = getattr(plain, "linear_sum", None)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        residual = x if self.adds_residual else None
         if few_rows(y):
-            z = torch.ops.hotloop.linear(y, *stored(self.linear), self.linear.bias, None, residual, 0.0, 0.0, "")
-        else:
-            z = self.linear(y) if residual is None else residual + self.linear(y)
+            if self.linear_sum:
+                return self.linear_sum(y, *stored(self.linear), self.linear.bias, x)
+            return torch.ops.hotloop.linear(y, *stored(self.linear), self.linear.bias, None, x, 0.0, 0.0, "")
+        z = x + self.linear(y) if self.adds_residual else self.linear(y)
         return z if self.all_reduce is None else self.all_reduce(z)
 
 

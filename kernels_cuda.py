@@ -63,8 +63,11 @@ def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tenso
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
            norm: Tensor | None = None, residual: Tensor | None = None, eps: float = 0.0, offset: float = 0.0,
-           activation: str = "") -> Tensor:  # fmt: skip
+           activation: str = "", exchange: "Exchange | None" = None) -> Tensor:  # fmt: skip
     """`kernels.linear_reference` for what `supports` accepts: x bf16 [..., K] -> bf16 [..., N].
+
+    exchange: of GPUs each of which has some of the columns; then y is the residual, which must be there and the same on
+    all of them, plus the sum over them of what each computes, in float32, and rounded once. See `supports_linear`.
 
     Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative to the largest of 128 columns, or of 32;
     fp8 ones as fp16, relative to the largest of 128, or, of more than 4 rows, as bf16 below 2^68. Of a row of x that is
@@ -76,20 +79,22 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     kind = KINDS[weight.dtype]
     group = K // scale.shape[1] if kind == 3 else 32
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    words = _Words() if exchange is None else exchange.words_of
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     plan = _plan(kind, group, M, N, K, bool(activation), x.device)
     # Copies take their time by the piece, of at most 128 bytes: 32 scales and zeros, where there are whole ones.
     wide = kind == 3 and not any(columns // group % 32 for columns in (K, plan.own, plan.chunk * 2))
-    words = 32 if wide else 8
-    maps = _maps(weight.data_ptr(), scale.data_ptr() if kind == 3 else 0, kind, group, words, len(weight), K, plan)
-    pointers = [None if kind == 3 else scale, x, bias, norm, residual, y]
+    groups = 32 if wide else 8
+    maps = _maps(weight.data_ptr(), scale.data_ptr() if kind == 3 else 0, kind, group, groups, len(weight), K, plan)
+    pointers = [None if kind == 3 else scale, x, bias, norm, *((residual, y) if exchange is None else (None, None))]
     values = [maps, *pointers, M, N, K, eps, offset, ACTIVATIONS[activation], plan.stages, plan.panels]
-    values.append(_tickets(x.device)[next(_turns) % TURNS] if plan.dynamic else None)
+    values += [_tickets(x.device)[next(_turns) % TURNS] if plan.dynamic else None, words]
     options = (f"KIND={kind}", f"GROUP={group}", f"ROOM={plan.room}", f"CHUNK={plan.chunk}", f"WARPS={plan.warps}")
-    function = _function("linear", (*options, f"WORDS={words}", f"SPLIT={plan.split}"), x.device)
+    options += f"WORDS={groups}", f"SPLIT={plan.split}", f"WORLD={1 if exchange is None else exchange.world}"
+    function = _function("linear", options, x.device)
     blocks = _multiprocessors(x.device) // plan.split * plan.split
     _launch(function, (blocks, 1), plan.warps * 32 + 64, plan.shared, values, x.device, cluster=plan.split)
-    return y
+    return y if exchange is None else exchange.collect(residual, y)
 
 
 HEAD_DIMS, MAX_TOKENS, MAX_COUNTS = (64, 128), 8, 4096
@@ -137,6 +142,11 @@ def attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, s
 EXCHANGE_THREADS, MAX_WORLD = 256, 8  # as in exchange_cuda.cu
 
 
+class _Words(ctypes.Structure):
+    _fields_ = [("of", ctypes.c_uint64 * MAX_WORLD), ("turn", ctypes.c_void_p), ("rank", ctypes.c_int),
+                ("room", ctypes.c_int)]  # fmt: skip
+
+
 class Exchange:
     """Sums over GPUs that can write to each other's memory, and tensors of all of them side by side.
 
@@ -153,8 +163,9 @@ class Exchange:
         self.room = words.numel() // (2 * self.world * 2)  # pieces of 8 bytes, each of which takes two words
         self.limit = 8 * self.room
         self.state = torch.tensor([1, 0], dtype=torch.int32).to(words.device)
-        for dtype in (torch.bfloat16, torch.float32) if words.is_cuda else ():
-            self.function(dtype)  # compiled now: later the others would be waiting
+        self.words_of = _Words(self.memory, self.state.data_ptr(), rank, self.room)
+        if words.is_cuda:  # compiled now: later the others would be waiting
+            self.function(torch.bfloat16), self.function(torch.float32), self.collector()
 
     def __call__(self, x: Tensor, gather: bool = False) -> Tensor:
         """x bf16 or float32 of all ranks -> their sum, the same bits on each, of x's shape; or [world, *x.shape]."""
@@ -165,6 +176,29 @@ class Exchange:
         values = [x, y, self.memory, self.rank, self.world, n, self.room, int(gather), self.state]
         _launch(self.function(x.dtype), (-(-n // EXCHANGE_THREADS), 1), EXCHANGE_THREADS, 0, values, x.device)
         return y
+
+    def linear(self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """residual + the sum over GPUs of `linear`, where `supports_linear`. bf16 [..., N], the same bits on each."""
+        return linear(x, weight, scale, bias, None, residual, exchange=self)
+
+    def collect(self, residual: Tensor, y: Tensor) -> Tensor:
+        """y = residual + the sum of what a linear has written into the memory of all; both bf16 and contiguous."""
+        n = y.numel() // 2
+        values = [residual, y, self.memory, self.rank, self.world, n, self.room, self.state]
+        _launch(self.collector(), (-(-n // EXCHANGE_THREADS), 1), EXCHANGE_THREADS, 0, values, y.device)
+        return y
+
+    def collector(self) -> ctypes.c_void_p:
+        """The kernel that `collect` runs."""
+        return _function("exchange", ("BF16=1",), self.words.device, "collect")
+
+    def supports_linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor
+    ) -> bool:
+        """Whether `linear` can write its results as this exchange's words."""
+        alike = residual.dtype == torch.bfloat16 and residual.is_contiguous() and residual.data_ptr() % 4 == 0
+        fits = residual.numel() % 2 == 0 and residual.numel() <= 2 * self.room
+        return alike and fits and supports(x, weight, scale, bias)
 
     def function(self, dtype: torch.dtype) -> ctypes.c_void_p:
         """The kernel for a dtype."""
@@ -287,7 +321,7 @@ def _shared_memory(device: torch.device) -> int:
 
 
 @functools.cache
-def _maps(weight: int, scale: int, kind: int, group: int, words: int, rows: int, K: int, plan: Plan) -> ctypes.Array:
+def _maps(weight: int, scale: int, kind: int, group: int, groups: int, rows: int, K: int, plan: Plan) -> ctypes.Array:
     """What each block of a cluster copies from a weight and, of int4, its scales and zeros, at these addresses."""
     maps, pitch = [], K * 128 // COLUMNS[kind]
     for begin in range(0, plan.split * plan.own, plan.own):
@@ -295,9 +329,9 @@ def _maps(weight: int, scale: int, kind: int, group: int, words: int, rows: int,
         first, last = (i * 128 // COLUMNS[kind] for i in (begin, end))
         maps.append(_tensor_map(weight + first, rows, pitch, last - first, 128, plan.chunk // 128))
     for begin in range(0, plan.split * plan.own, plan.own) if kind == 3 else ():
-        end, count = min(begin + plan.own, K), plan.chunk * 2 // group // words
+        end, count = min(begin + plan.own, K), plan.chunk * 2 // group // groups
         width = (end - begin) // group * 4
-        maps.append(_tensor_map(scale + begin // group * 4, rows, K // group * 4, width, 4 * words, count))
+        maps.append(_tensor_map(scale + begin // group * 4, rows, K // group * 4, width, 4 * groups, count))
     return (ctypes.c_ubyte * (256 * plan.split)).from_buffer_copy(b"".join(maps).ljust(256 * plan.split, b"\0"))
 
 
@@ -319,15 +353,15 @@ def _tensor_map(pointer: int, rows: int, pitch: int, row_bytes: int, box_bytes: 
 
 
 @functools.cache
-def _function(name: str, options: tuple[str, ...], device: torch.device) -> ctypes.c_void_p:
-    """A variant of the kernel of that name, compiled and loaded on a device."""
+def _function(file: str, options: tuple[str, ...], device: torch.device, name: str = "") -> ctypes.c_void_p:
+    """A variant of the kernel of that name, or of its file's, compiled and loaded on a device."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     nvrtc, cuda = _libraries()
     major, minor = torch.cuda.get_device_capability(device)
-    cubin = _compile(nvrtc, f"{name}_cuda.cu", [*(f"-D{o}" for o in options), f"-arch=sm_{major}{minor}"])
+    cubin = _compile(nvrtc, f"{file}_cuda.cu", [*(f"-D{o}" for o in options), f"-arch=sm_{major}{minor}"])
     with torch.cuda.device(device):
         _check(cuda.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
-        _check(cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
+        _check(cuda.cuModuleGetFunction(ctypes.byref(function), module, (name or file).encode()), "cuModuleGetFunction")
         fixed = ctypes.c_int()  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, and _MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(cuda.cuFuncGetAttribute(ctypes.byref(fixed), 1, function), "cuFuncGetAttribute")
         _check(cuda.cuFuncSetAttribute(function, 8, _shared_memory(device) - fixed.value), "cuFuncSetAttribute")

@@ -19,13 +19,16 @@
 //
 // Set at compilation: KIND (0 bf16, 1 fp8 e4m3, 2 int8, 3 int4), GROUP (of int4, else any), ROOM (rows of x it has
 // room for), CHUNK, WARPS (that multiply), WORDS (of a row's scales and zeros, of int4, that are copied in one piece),
-// SPLIT (1, or 2 blocks that share tiles). Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor, mbarrier,
+// SPLIT (1, or 2 blocks that share tiles), WORLD (1, or GPUs that add up what each of them has: y is then the words that
+// exchange_cuda.cu reads, in the memory of all of them). Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor, mbarrier,
 // griddepcontrol, mapa, st.async).
 
 typedef unsigned int u32;
+typedef unsigned long long u64;
 typedef unsigned char u8;
 typedef unsigned short u16;
 struct alignas(64) TensorMap { u8 opaque[128]; };
+struct Words { u64 of[8]; const u32* turn; int rank, room; };  // as in exchange_cuda.cu
 struct Maps { TensorMap w[SPLIT], scale_zero[SPLIT]; };  // of each block of a cluster
 
 constexpr int THREADS = WARPS * 32;                // that multiply; one more warp sends for weights, one finishes sums
@@ -95,6 +98,17 @@ __device__ __forceinline__ uint4 load_fresh(const uint4* p) {  // from L2: L1 ma
     uint4 v;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
+}
+
+__device__ __forceinline__ u32 load_fresh(const u32* p) { u32 v; asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p)); return v; }
+
+// Of an exchange over GPUs: the i-th value of this one, into the memory of all, with the exchange's number.
+__device__ __forceinline__ void send_all(const Words& words, u32 turn, u32 i, float v) {
+    #pragma unroll
+    for (int d = 0; d < WORLD; d++) {  // not all to the same one at first
+        const u64 to = words.of[(words.rank + d) % WORLD] + (((turn & 1) * WORLD + words.rank) * 2ull * words.room + i) * 8;
+        asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(to), "l"((u64)turn << 32 | __float_as_uint(v)) : "memory");
+    }
 }
 
 __device__ __forceinline__ float low_bf16(u32 v) { return __uint_as_float(v << 16); }
@@ -231,7 +245,7 @@ struct alignas(4 * EACH) Sums { float of[EACH]; };
 __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const float* parts, float* totals, u32 summed,
                                        const float* squares, const float* scale, const u16* bias, const u16* residual,
                                        u16* y, int M, int N, int K, float eps, int step, int activation, int chunks,
-                                       int a_panel, int panels, float* from_other, u32 received, int part) {
+                                       int a_panel, int panels, float* from_other, u32 received, int part, const Words& words) {
     // Of a tile's sums [ROWS][ROOM] each lane has EACH neighbours; of one row of x there is one for half of the lanes.
     const int lane = threadIdx.x % 32, r = ROOM == 1 ? lane % ROWS : lane / 2, m0 = ROOM == 1 ? 0 : lane % 2 * EACH;
     const bool pairs = activation != 0;
@@ -241,6 +255,7 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
         asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // the other's barriers are set up
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    const u32 exchange = WORLD > 1 ? load_fresh(words.turn) : 0;
 
     // Of the tile that is being finished; `total` of the squares of row lane / (32 / ROOM), and what divides it.
     int out = 0, pending = -1;
@@ -264,8 +279,10 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
             value = value * (s * __shfl_sync(~0u, inv, m * (32 / ROOM))) + b;
             const float up = __shfl_down_sync(~0u, value, ROOM == 1 ? 8 : 16);
             if (pairs) value = activated(value, activation) * up;
-            if (exists && m < M && !(pairs && r >= step) && lane < (ROOM == 1 ? ROWS : 32))
-                y[(long long)m * N + out] = to_bf16(value + rest[j]);
+            if (exists && m < M && !(pairs && r >= step) && lane < (ROOM == 1 ? ROWS : 32)) {
+                if (WORLD > 1) send_all(words, exchange, m * N + out, value);
+                else y[(long long)m * N + out] = to_bf16(value + rest[j]);
+            }
         }
     };
     int turn = 0;
@@ -418,7 +435,8 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
 extern "C" __global__ void __launch_bounds__(THREADS + 64, ROOM == 1 ? 2 : 1)  // few registers: attention has room beside one row
 linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const u16* __restrict__ x,
        const u16* __restrict__ bias, const u16* __restrict__ norm, const u16* __restrict__ residual, u16* __restrict__ y,
-       int M, int N, int K, float eps, float offset, int activation, int stages, int panels, u32* taken) {
+       int M, int N, int K, float eps, float offset, int activation, int stages, int panels, u32* taken,
+       const __grid_constant__ Words words) {
     extern __shared__ __align__(1024) u8 shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     constexpr int PER_128 = KIND == 0 ? 64 : KIND == 3 ? 256 : 128, UNIT = KIND == 3 ? 8 * GROUP : PER_128;  // columns
@@ -456,7 +474,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
     }
     if (warp > WARPS) {
         finish(ring, tile_of, parts, totals, summed, norm ? squares : nullptr, scale, bias, residual, y, M, N, K, eps, step,
-               activation, chunks, a_panel, panels, from_other, received, part);
+               activation, chunks, a_panel, panels, from_other, received, part, words);
         return;
     }
 

@@ -176,14 +176,17 @@ def init_dist(all_reduce: str = "auto") -> Ranks | None:
 
 # ---------------------------------------------------------------------------------------------------- collectives
 def _register_operators() -> torch.library.Library:
-    """hotloop::all_reduce and all_gather: one opaque call each for torch.compile, whatever runs inside."""
+    """hotloop::all_reduce, all_gather, linear_sum: one opaque call each for torch.compile, whatever runs inside."""
     library = torch.library.Library("hotloop", "FRAGMENT")
     library.define("all_reduce(Tensor x) -> Tensor")
     library.define("all_gather(Tensor x) -> Tensor")
+    library.define("linear_sum(Tensor y, Tensor weight, Tensor? scale, Tensor? bias, Tensor x) -> Tensor")
+    library.impl("linear_sum", _linear_sum, "CompositeExplicitAutograd")
     library.impl("all_reduce", _all_reduce, "CompositeExplicitAutograd")
     library.impl("all_gather", _all_gather, "CompositeExplicitAutograd")
     contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
     torch.library.register_fake("hotloop::all_reduce", contiguous, lib=library)
+    torch.library.register_fake("hotloop::linear_sum", lambda y, weight, scale, bias, x: contiguous(x), lib=library)
     torch.library.register_fake("hotloop::all_gather", lambda x: x.new_empty(_ranks.world, *x.shape), lib=library)
     return library
 
@@ -196,6 +199,25 @@ def all_reduce(x: Tensor) -> Tensor:
 def all_gather(x: Tensor) -> Tensor:
     """x of every rank -> [world, *x.shape]. Shapes must agree."""
     return torch.ops.hotloop.all_gather(x)
+
+
+def linear_sum(y: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
+    """x + the sum over ranks of linear(y), for few rows of y: what kernels.py runs instead of ReducedLinearResidual.
+
+    Where small sums are exchanged as words, the linear's kernel writes them itself, in float32, if it can; a rank on
+    which it cannot sends the same words afterwards, so that ranks need not be alike.
+    """
+    return torch.ops.hotloop.linear_sum(y, weight, scale, bias, x)
+
+
+def _linear_sum(y: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
+    linear, exchange, x = torch.ops.hotloop.linear, _ranks.exchange, x.contiguous()
+    if exchanges(x.numel(), x.dtype) and 4 * x.numel() <= exchange.limit and x.numel() % 2 == 0:
+        if exchange.supports_linear(y, weight, scale, bias, x):
+            return exchange.linear(y, weight, scale, bias, x)
+        z = exchange(linear(y, weight, scale, bias, None, None, 0.0, 0.0, "").float())
+        return (z + x).to(x.dtype)
+    return _all_reduce(linear(y, weight, scale, bias, None, x if _ranks.rank == 0 else None, 0.0, 0.0, ""))
 
 
 def _all_reduce(x: Tensor) -> Tensor:
@@ -335,11 +357,15 @@ def _seconds(work: Callable[[Tensor], Tensor], x: Tensor, calls: int = 50) -> fl
     return sorted(times[1:])[2]
 
 
+@torch.no_grad()
 def communication_seconds(model: nn.Module, batch: int) -> float:
-    """Seconds that the all-reduces of one decode step take by themselves, measured one after another."""
-    weight = model.tok_embeddings.weight
+    """Seconds that sums over ranks add to one decode step: to a layer's output projection, twice a layer, and after the
+    embedding. Each is measured in a chain of its like, where nothing else can hide it."""
+    weight, layer = model.tok_embeddings.weight, model.layers[0]
     x = torch.zeros(batch, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return (2 * len(model.layers) + 1) * _seconds(all_reduce, x)  # two a layer, one after the embedding
+    y = x.new_zeros(batch, 1, layer.out.linear.in_features)
+    added = _seconds(lambda y: layer.out(y, x), y) - _seconds(layer.out.linear, y)
+    return 2 * len(model.layers) * max(added, 0) + _seconds(all_reduce, x)
 
 
 # ----------------------------------------------------------------------------------------------------- the sharding
@@ -469,14 +495,14 @@ class ShardedEmbedding(nn.Module):
 class ReducedLinearResidual(nn.Module):
     """x + the sum over ranks of linear(y), its norm after the sum. Made from model.LinearResidual.
 
-    `all_reduce` and `adds_residual` are for a kernel that takes the place of this module: the sum of what the ranks
-    compute holds the residual once if only one of them adds it.
+    `all_reduce`, `linear_sum` and `adds_residual` are for what takes the place of this module: the sum of what the
+    ranks compute holds the residual once if only one of them adds it.
     """
 
     def __init__(self, plain: nn.Module, rank: int):
         super().__init__()
         self.linear, self.post_norm = plain.linear, plain.post_norm
-        self.all_reduce, self.adds_residual = all_reduce, rank == 0
+        self.all_reduce, self.linear_sum, self.adds_residual = all_reduce, linear_sum, rank == 0
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         y = self.all_reduce(self.linear(y))

@@ -173,6 +173,66 @@ if GPU:
                 check(inputs, results)
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("world", (2, 4))
+    @pytest.mark.parametrize("kind, group", [("bf16", 0), ("fp8", 0), ("int8", 0), ("int4", 32)])
+    def test_linears_send_their_sums(kind, group, world, monkeypatch):
+        """Ranks as streams of one GPU, each with some of the columns: the sum and the residual, the same bits on all,
+        also in replayed graphs, after other exchanges, and where one rank's kernel cannot send."""
+        torch.manual_seed(world)
+        # A rank's next linear is there, and waits, before its sum is: together they must leave room for all ranks.
+        multiprocessors = k._multiprocessors(torch.device("cuda", 0)) // (4 * world)
+        monkeypatch.setattr(k, "_multiprocessors", lambda device: multiprocessors)
+        monkeypatch.setattr(k, "_plan", k._plan.__wrapped__)
+        words = [torch.zeros(2 * world * 2 * 8192, dtype=torch.int64, device="cuda") for _ in range(world)]
+        ranks = [k.Exchange(words[r], [w.data_ptr() for w in words], r) for r in range(world)]
+        streams = [torch.cuda.Stream() for _ in range(world)]
+        cases = []
+        for M, N, K in ((1, 1000, 1024), (5, 2000, 2048), (1, 4096, 1024), (8, 1000, 8192), (2, 66, 512)):
+            parts = [stored(kind, N, K, group) for _ in ranks]
+            x = [torch.randn(M, K, device="cuda").bfloat16() for _ in ranks]
+            residual = torch.randn(M, N, device="cuda").bfloat16() * 100
+            each = [expected(v, *part, None, None, None, 0, 0, "") for v, part in zip(x, parts, strict=True)]
+            cases.append((x, parts, residual, residual.double() + sum(each)))
+            assert all(ranks[0].supports_linear(v, *part, None, residual) for v, part in zip(x, parts, strict=True))
+
+        def work(r):
+            results = []
+            for i, (x, parts, residual, _) in enumerate(cases):
+                if i == 2 and r == 1:
+                    z = ranks[r](k.linear(x[r], *parts[r]).float())
+                    results.append((z + residual).bfloat16())
+                else:
+                    results.append(ranks[r].linear(x[r], *parts[r], None, residual))
+                results.append(ranks[r](residual[0, :64]))
+            return results
+
+        def check(results):
+            torch.cuda.synchronize()
+            for i, (_, _, residual, want) in enumerate(cases):
+                assert all(torch.equal(results[r][2 * i], results[0][2 * i]) for r in range(world)), i
+                assert (results[0][2 * i] - want).norm() <= 1e-2 * want.norm(), i
+                assert all(torch.equal(results[r][2 * i + 1], residual[0, :64] * world) for r in range(world)), i
+
+        with monkeypatch.context() as nothing_runs:  # to load a kernel may take waiting for those that wait for it
+            nothing_runs.setattr(k, "_launch", lambda *a, **b: None)
+            work(0), work(1)
+        torch.cuda.synchronize()
+        results, graphs = [], [torch.cuda.CUDAGraph() for _ in ranks]
+        for r, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results.append(work(r))
+        check(results)
+        for r, graph in enumerate(graphs):
+            with torch.cuda.graph(graph):
+                results[r] = work(r)
+        for late in (0, 1, world - 1):
+            for r, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(3_000_000 * (r == late))
+                    graphs[r].replay()
+            check(results)
+
+    @pytest.mark.gpu
     def test_greedy_tokens_of_the_bundled_model(monkeypatch):
         """2,000 positions of real text, one at a time through the kernels, against plain PyTorch that also sums in
         float32 and rounds where they do, and against the plain model in bf16, which rounds more often, and in float32:

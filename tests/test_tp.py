@@ -6,6 +6,7 @@ real processes under torchrun. This file is also what those processes run: see `
 Try it:  python -m pytest tests/test_tp.py
 """
 
+import itertools
 import json
 import os
 import re
@@ -355,6 +356,46 @@ def test_a_fused_module_adds_the_residual_once():
         plain.all_reduce = lambda z: sent.append(z) or z
         kernels.FusedLinearResidual(plain)(y[..., 32 * rank : 32 * rank + 32], x)
     torch.testing.assert_close(sum(sent), x + y @ weight.T)
+
+
+def test_a_linear_sends_its_sum_itself_where_it_can(monkeypatch):
+    """tp.linear_sum of two ranks: by the linear's kernel, by words sent after it, and, of what is too large, by an
+    all-reduce to which one rank adds the residual."""
+    y, x, weight, sent = torch.randn(2, 1, 64), torch.randn(2, 1, 16), torch.randn(16, 64), []
+
+    def linear(y, weight, scale, bias, norm, residual, *others):
+        z = y @ weight.T
+        return z if residual is None else z + residual
+
+    class Exchange:
+        limit = 4 * x.numel()
+
+        def __init__(self, able):
+            self.able = able
+
+        def supports_linear(self, *tensors):
+            return self.able
+
+        def linear(self, y, weight, scale, bias, x):
+            return "by its kernel"
+
+        def __call__(self, z):
+            assert z.dtype == torch.float32
+            return sent.append(z) or z
+
+    monkeypatch.setattr(torch.ops, "hotloop", types.SimpleNamespace(linear=linear))
+    monkeypatch.setattr(tp, "_all_reduce", lambda z: sent.append(z) or z)
+    for rank, able, exchanged in itertools.product(range(2), (True, False), (x.numel(), x.numel() - 2)):
+        sent.clear()
+        fake = types.SimpleNamespace(rank=rank, world=2, exchange=Exchange(able), exchanged={x.dtype: exchanged})
+        monkeypatch.setattr(tp, "_ranks", fake)
+        z = tp._linear_sum(y, weight, None, None, x)
+        if able and exchanged == x.numel():
+            assert z == "by its kernel" and not sent
+            continue
+        adds = exchanged == x.numel() or rank == 0
+        torch.testing.assert_close(z, y @ weight.T + x * adds)
+        torch.testing.assert_close(sent[0], y @ weight.T + x * (exchanged < x.numel() and rank == 0))
 
 
 def test_only_slices_are_read(directories, monkeypatch):
