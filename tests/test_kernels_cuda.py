@@ -248,9 +248,12 @@ if GPU:
         linear_reference = kernels.linear_reference
 
         def rounded_once(x, weight, scale, bias, norm, residual, eps, offset, activation):
-            x = x if norm is None else kernels.rms_norm_reference(x.float(), norm.float(), eps, offset).bfloat16()
+            x = x.float()
+            if norm is not None:  # its weight before the rounding, its factor after the product
+                factor = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+                x = (x * (norm.float() + offset)).bfloat16().float() * factor
             weight, residual = weight.float(), None if residual is None else residual.float()
-            return linear_reference(x.float(), weight, scale, bias, None, residual, 0, 0, activation).bfloat16()
+            return linear_reference(x, weight, scale, bias, None, residual, 0, 0, activation).bfloat16()
 
         with torch.no_grad():
             pos = torch.arange(500, device="cuda").expand(4, -1)
@@ -272,7 +275,7 @@ if GPU:
             differ = y.argmax(-1) != other
             gaps = (wanted.amax(-1) - wanted.gather(-1, y.argmax(-1, keepdim=True))[..., 0])[differ]
             print(f"{name}: {differ.sum()} of {differ.numel()} differ, by at most {gaps.max():.3f} in logits")
-            assert differ.float().mean() <= most and gaps.max() < 0.2
+            assert differ.sum() <= most * differ.numel() and gaps.max() < 0.2
 else:
 
     @pytest.mark.gpu
