@@ -314,6 +314,7 @@ def build_model(
     (kernels_cpu if model.tok_embeddings.weight.is_cpu else kernels).fuse(model)
     weight = model.tok_embeddings.weight
     tp.choose_all_reduce(args.dim, weight.dtype, weight.device, kernels.exchange(weight.device))
+    tp.agree_on_linear_sums(model, kernels.stored)
     return model
 
 

@@ -7,7 +7,8 @@
 // sends words of exchange n + 1 after its own exchange n has ended, and so after it has read all words of n; who has
 // words of n + 1 from all others may write n + 2 where n was.
 //
-// A linear (linear_cuda.cu) writes such words itself, of a float32 each; `collect` then reads what all have written.
+// A linear (linear_cuda.cu) writes such words itself, of a float32 each, into its own GPU's memory too; `collect` then reads
+// what all have written.
 //
 // Sums are in float32, in the order of ranks: the same bits on each GPU. All GPUs must make the same exchanges in the
 // same order. Source: the idea of NCCL's low-latency protocol
@@ -94,9 +95,12 @@ exchange(const uint2* __restrict__ x, uint2* __restrict__ y, const __grid_consta
     end_turn(state, turn);
 }
 
-// y = residual + the sum over ranks of what a linear has written into the memory of all: n pairs of bf16, a thread each. It
-// does not wait for the end of that linear: as long as that runs, no kernel after it touches what this one reads, or
-// writes, and the kernel before it has ended.
+// y = residual + the sum over ranks of what the linear right before it writes into the memory of all: n pairs of bf16, a
+// thread each. It does not wait for the end of that linear, for which it needs that
+// - the linear lets it start only after its own wait: all before the linear has ended, and `state` is this exchange's;
+// - the linear writes nothing but words, and this GPU's are among those that are waited for: when this ends, what is left
+//   of the linear are blocks that only have to exit;
+// - all other kernels wait, so that none writes to what these two read, or reads y, before this has ended.
 extern "C" __global__ void __launch_bounds__(256)
 collect(const u32* __restrict__ residual, u32* __restrict__ y, const __grid_constant__ Memory memory, int rank, int world,
         int n, int room, u32* state) {

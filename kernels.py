@@ -131,7 +131,7 @@ def _linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> 
     """The operator hotloop::linear: `linear_reference` in one kernel, for up to 16 rows (in two for two of int4)."""
     if not use_triton(x):  # the model has moved to a CPU
         return linear_reference(x, weight, scale, bias, norm, residual, eps, offset, activation)
-    if _kernels_cuda() and _kernels_cuda().supports(x, weight, scale, bias, norm, residual):
+    if _kernels_cuda() and _kernels_cuda().supports(x, weight, scale, bias, norm, residual, bool(activation)):
         return _kernels_cuda().linear(x, weight, scale, bias, norm, residual, eps, offset, activation)
     K = x.shape[-1]
     M, N = x.numel() // K, weight.shape[0] // (2 if activation else 1)
@@ -263,11 +263,13 @@ class FusedLinearResidual(nn.Module):
         self.linear_sum = getattr(plain, "linear_sum", None)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        if few_rows(y) and self.linear_sum:
+            return self.linear_sum(y, *stored(self.linear), self.linear.bias, x)
+        residual = x if self.adds_residual else None
         if few_rows(y):
-            if self.linear_sum:
-                return self.linear_sum(y, *stored(self.linear), self.linear.bias, x)
-            return torch.ops.hotloop.linear(y, *stored(self.linear), self.linear.bias, None, x, 0.0, 0.0, "")
-        z = x + self.linear(y) if self.adds_residual else self.linear(y)
+            z = torch.ops.hotloop.linear(y, *stored(self.linear), self.linear.bias, None, residual, 0.0, 0.0, "")
+        else:
+            z = self.linear(y) if residual is None else residual + self.linear(y)
         return z if self.all_reduce is None else self.all_reduce(z)
 
 

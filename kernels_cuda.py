@@ -27,6 +27,7 @@ MAX_ROWS = 8
 COLUMNS = (64, 128, 128, 256)  # by kind: what columns must be a multiple of, 128 bytes
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 TILE_ROWS, FLIGHT = 16, 4096  # as in linear_cuda.cu: rows of a tile, bytes of each that are on their way at most
+PLACES = 4  # for a tile's sums that another block sends
 MAX_COLUMNS, MAX_PANELS = 32768, 8
 SPLIT, SPLIT_PAIRS = 28672, 65536  # rows times columns of x from which on two blocks share tiles
 MAX_STAGES = (5, 5, 5, 3)  # by kind; more take memory from the L1 cache, and are slower
@@ -39,8 +40,11 @@ def available(device: torch.device) -> bool:
 
 
 def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
-             norm: Tensor | None = None, residual: Tensor | None = None) -> bool:  # fmt: skip
-    """Whether `linear` should take these: bf16, so few rows, and columns and addresses that fill its copies."""
+             norm: Tensor | None = None, residual: Tensor | None = None, pairs: bool = False) -> bool:  # fmt: skip
+    """Whether `linear` should take these: bf16, so few rows, and columns and addresses that fill its copies.
+
+    pairs: with an activation.
+    """
     kind, K = KINDS.get(weight.dtype), x.shape[-1]
     if kind is None or not 0 < x.numel() // K <= MAX_ROWS or K > MAX_COLUMNS or K % COLUMNS[kind]:
         return False
@@ -57,7 +61,7 @@ def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tenso
     if kind == 3 and (group not in (32, 64, 128) or K % (8 * group)):
         return False
     # A vocabulary may be so large, or shared memory so small, that there is no room for a ring, or for much of x.
-    plan = _plan(kind, group, x.numel() // K, weight.shape[0], K, False, x.device)
+    plan = _plan(kind, group, x.numel() // K, weight.shape[0] // (1 + pairs), K, pairs, x.device)
     return plan.stages >= max(3, FLIGHT // plan.chunk) and plan.panels <= MAX_PANELS
 
 
@@ -67,7 +71,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     """`kernels.linear_reference` for what `supports` accepts: x bf16 [..., K] -> bf16 [..., N].
 
     exchange: of GPUs each of which has some of the columns; then y is the residual, which must be there and the same on
-    all of them, plus the sum over them of what each computes, in float32, and rounded once. See `supports_linear`.
+    all of them, plus the sum over them of what each computes, in float32, and rounded once. See `supports_linear`. Not
+    with a norm or an activation, which need all columns.
 
     Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative to the largest of 128 columns, or of 32;
     fp8 ones as fp16, relative to the largest of 128, or, of more than 4 rows, as bf16 below 2^68. Of a row of x that is
@@ -192,13 +197,17 @@ class Exchange:
         """The kernel that `collect` runs."""
         return _function("exchange", ("BF16=1",), self.words.device, "collect")
 
+    def sends(self, x: Tensor) -> bool:
+        """Whether linears whose results are of x's shape and dtype may send them. Alike on all ranks."""
+        rows, fits = x.numel() // x.shape[-1], x.numel() <= 2 * self.room
+        return x.dtype == torch.bfloat16 and rows <= MAX_ROWS and fits and x.numel() % 2 == 0
+
     def supports_linear(
         self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor
     ) -> bool:
-        """Whether `linear` can write its results as this exchange's words."""
-        alike = residual.dtype == torch.bfloat16 and residual.is_contiguous() and residual.data_ptr() % 4 == 0
-        fits = residual.numel() % 2 == 0 and residual.numel() <= 2 * self.room
-        return alike and fits and supports(x, weight, scale, bias)
+        """Whether `linear` can send its results: what `sends` says of the residual, and the kernel of the rest."""
+        reads = residual.is_contiguous() and residual.data_ptr() % 4 == 0
+        return self.sends(residual) and reads and supports(x, weight, scale, bias)
 
     def function(self, dtype: torch.dtype) -> ctypes.c_void_p:
         """The kernel for a dtype."""
@@ -266,7 +275,7 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
         units = (0, M * columns // 128 * 4, M * columns // 128 * 4, M * columns // 32 * 8)[kind]
         parts = 2 * warps * TILE_ROWS * room * 4
         sums = warps * 128  # of squares
-        sums += (4 * max(1, room // 2) + 1) * 128 * (split - 1)  # and what the other block sends
+        sums += (PLACES * max(1, room // 2) + 1) * 128 * (split - 1)  # and what the other block sends
         totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
         base = x + units + parts + sums + totals + 64
         stages = min(MAX_STAGES[kind] * 2048 // chunk, (most - base) // stage)
@@ -353,16 +362,25 @@ def _tensor_map(pointer: int, rows: int, pitch: int, row_bytes: int, box_bytes: 
 
 
 @functools.cache
-def _function(file: str, options: tuple[str, ...], device: torch.device, name: str = "") -> ctypes.c_void_p:
-    """A variant of the kernel of that name, or of its file's, compiled and loaded on a device."""
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+def _module(file: str, options: tuple[str, ...], device: torch.device) -> ctypes.c_void_p:
+    """A variant of a file's kernels, compiled and loaded on a device."""
+    module = ctypes.c_void_p()
     nvrtc, cuda = _libraries()
     major, minor = torch.cuda.get_device_capability(device)
     cubin = _compile(nvrtc, f"{file}_cuda.cu", [*(f"-D{o}" for o in options), f"-arch=sm_{major}{minor}"])
     with torch.cuda.device(device):
         _check(cuda.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
+    return module
+
+
+@functools.cache
+def _function(file: str, options: tuple[str, ...], device: torch.device, name: str = "") -> ctypes.c_void_p:
+    """A kernel of a file, by default the one of the file's name."""
+    function, fixed = ctypes.c_void_p(), ctypes.c_int()
+    module, cuda = _module(file, options, device), _libraries()[1]
+    with torch.cuda.device(device):
         _check(cuda.cuModuleGetFunction(ctypes.byref(function), module, (name or file).encode()), "cuModuleGetFunction")
-        fixed = ctypes.c_int()  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, and _MAX_DYNAMIC_SHARED_SIZE_BYTES
+        # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, and _MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(cuda.cuFuncGetAttribute(ctypes.byref(fixed), 1, function), "cuFuncGetAttribute")
         _check(cuda.cuFuncSetAttribute(function, 8, _shared_memory(device) - fixed.value), "cuFuncSetAttribute")
     return function

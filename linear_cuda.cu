@@ -28,7 +28,7 @@ typedef unsigned long long u64;
 typedef unsigned char u8;
 typedef unsigned short u16;
 struct alignas(64) TensorMap { u8 opaque[128]; };
-struct Words { u64 of[8]; const u32* turn; int rank, room; };  // as in exchange_cuda.cu
+struct Words { u64 of[8]; const u32* number; int rank, room; };  // of an exchange: memory of each rank; see exchange_cuda.cu
 struct Maps { TensorMap w[SPLIT], scale_zero[SPLIT]; };  // of each block of a cluster
 
 constexpr int THREADS = WARPS * 32;                // that multiply; one more warp sends for weights, one finishes sums
@@ -69,9 +69,9 @@ __device__ __forceinline__ void arrive(u32 barrier, int lane) {  // once a warp,
 }
 
 // Of the other block of a cluster: an address in its shared memory; a word stored there, of which a barrier there is told.
-__device__ __forceinline__ u32 at_other(u32 address, int part) {
+__device__ __forceinline__ u32 at_other(u32 mine, int part) {
     u32 r;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(part ^ 1));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(mine), "r"(part ^ 1));
     return r;
 }
 __device__ __forceinline__ void send_other(u32 to, float v, u32 barrier) {
@@ -102,12 +102,12 @@ __device__ __forceinline__ uint4 load_fresh(const uint4* p) {  // from L2: L1 ma
 
 __device__ __forceinline__ u32 load_fresh(const u32* p) { u32 v; asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p)); return v; }
 
-// Of an exchange over GPUs: the i-th value of this one, into the memory of all, with the exchange's number.
-__device__ __forceinline__ void send_all(const Words& words, u32 turn, u32 i, float v) {
+// Of an exchange over GPUs: the i-th value of this one, into the memory of all, its own too, with the exchange's number.
+__device__ __forceinline__ void send_all(const Words& words, u32 number, u32 i, float v) {
     #pragma unroll
     for (int d = 0; d < WORLD; d++) {  // not all to the same one at first
-        const u64 to = words.of[(words.rank + d) % WORLD] + (((turn & 1) * WORLD + words.rank) * 2ull * words.room + i) * 8;
-        asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(to), "l"((u64)turn << 32 | __float_as_uint(v)) : "memory");
+        const u64 to = words.of[(words.rank + d) % WORLD] + (((number & 1) * WORLD + words.rank) * 2ull * words.room + i) * 8;
+        asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(to), "l"((u64)number << 32 | __float_as_uint(v)) : "memory");
     }
 }
 
@@ -240,8 +240,8 @@ __device__ __forceinline__ void send(Ring ring, const TensorMap& w, const Tensor
 
 struct alignas(4 * EACH) Sums { float of[EACH]; };
 
-// By the warp that adds up what the others have summed, and stores outputs. squares: null, or of each row of x what it has
-// to be divided by the root of the mean of.
+// By the warp that adds up what the others have summed, and stores outputs. squares: those of x, of which the norm's factor
+// is made; null without a norm.
 __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const float* parts, float* totals, u32 summed,
                                        const float* squares, const float* scale, const u16* bias, const u16* residual,
                                        u16* y, int M, int N, int K, float eps, int step, int activation, int chunks,
@@ -255,9 +255,9 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
         asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // the other's barriers are set up
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    const u32 exchange = WORLD > 1 ? load_fresh(words.turn) : 0;
+    const u32 number = WORLD > 1 ? load_fresh(words.number) : 0;
 
-    // Of the tile that is being finished; `total` of the squares of row lane / (32 / ROOM), and what divides it.
+    // Of the tile that is being finished; of row lane / (32 / ROOM) of x the total of its squares, and the norm's factor.
     int out = 0, pending = -1;
     bool exists = false;
     float s = 1, b = 0, rest[EACH], values[EACH], total = 0, inv = 1;
@@ -280,7 +280,7 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
             const float up = __shfl_down_sync(~0u, value, ROOM == 1 ? 8 : 16);
             if (pairs) value = activated(value, activation) * up;
             if (exists && m < M && !(pairs && r >= step) && lane < (ROOM == 1 ? ROWS : 32)) {
-                if (WORLD > 1) send_all(words, exchange, m * N + out, value);
+                if (WORLD > 1) send_all(words, number, m * N + out, value);
                 else y[(long long)m * N + out] = to_bf16(value + rest[j]);
             }
         }
@@ -337,8 +337,8 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
             if (SPLIT == 1) store(i);
             else if (mine) pending = i;  // the other's sums are under way while the next tile is multiplied
             else {
-                // There are four places, so that this one has been read: the other has sent its sums of the tile before the
-                // last of its own, and had finished the one before that.
+                // Has the other read this place, where sums of tile i - 8 were? This block has stored its tile i - 3, for which
+                // the other had sent its sums after it had stored its own tile i - 6.
                 const int place = i / SPLIT % PLACES;
                 const u32 to = at_other(address(from_other + place * EACH * 32 + lane), part);
                 const u32 barrier = at_other(received + place * 8, part);
@@ -455,7 +455,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
     const int tiles = panels > 1 ? N / (step * (gridDim.x / SPLIT)) + 1 : 0;             // of this block, at most
     Tile* tile_of = (Tile*)(totals + tiles * ROWS * ROOM);                               // by stage
     const u32 full = address(tile_of + stages), empty = full + stages * 8;
-    const u32 summed = empty + stages * 8, received = summed + 32;                       // two tiles in turn; finished
+    const u32 summed = empty + stages * 8, received = summed + 32;  // two tiles in turn, then that they are read; by place
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < stages; i++) set_up(full + i * 8, 1), set_up(empty + i * 8, WARPS + 1);
@@ -481,7 +481,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
     // Of a row of x, what a thread takes at a time is an item. Where there are several rows, half of the threads take half
     // of them.
     constexpr int THEIRS = ROOM / GROUPS, BESIDE = THREADS / GROUPS;
-    constexpr int KEEP = ROOM == 8 || ROOM * WARPS == 16 ? 2 : 4;    // items that a thread has under way, of each row
+    constexpr int KEEP = ROOM == 8 ? 2 : 4;                          // items that a thread has under way, of each row
     const int items = min(own, K - begin) / 8 / PIECES, places = columns / 8 / PIECES;  // of a row; of a panel
     const int first_row = threadIdx.x / BESIDE * THEIRS, first_item = threadIdx.x % BESIDE;
     float sums[THEIRS] = {};  // of squares
@@ -619,7 +619,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                         }
                     } else {
                         int whole[TILES][4] = {};
-                        float part[CHAINS][4] = {};
+                        float partial[CHAINS][4] = {};
                         #pragma unroll
                         for (int u = 0; u < SHARE / 64; u++) {
                             const uint4 lo = w[i][2 * u], hi = w[i][2 * u + 1];
@@ -641,7 +641,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                                 for (int j = 0; j < 4; j++) {
                                     u32 l[2], h[2];
                                     unpack_fp8(lows[j], l[0], l[1]), unpack_fp8(highs[j], h[0], h[1]);
-                                    mma_fp8(part[j % CHAINS], l[0], h[0], l[1], h[1], b[2 * j], b[2 * j + 1]);
+                                    mma_fp8(partial[j % CHAINS], l[0], h[0], l[1], h[1], b[2 * j], b[2 * j + 1]);
                                 }
                             } else {
                                 #pragma unroll
@@ -657,7 +657,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                             #pragma unroll
                             for (int j = 0; j < 4; j++) {
                                 const float unit = FP16 ? units[min(2 * t + j % 2, M - 1) * spans + at / 128] : 1;
-                                for (int n = 0; n < CHAINS; n++) c[n][j] += part[n][j] * unit;
+                                for (int n = 0; n < CHAINS; n++) c[n][j] += partial[n][j] * unit;
                             }
                         } else if constexpr (KIND == 2) {
                             #pragma unroll
@@ -677,21 +677,21 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
             }
             // Warps took different columns: their sums meet in shared memory, in two places in turn.
             wait_for(summed + 16 + turn % 2 * 8, turn / 2 % 2 ^ 1);
-            float* own = parts + (turn % 2 * WARPS + warp) * ROWS * ROOM;
+            float* sums_here = parts + (turn % 2 * WARPS + warp) * ROWS * ROOM;
             if constexpr (FLOAT) {
                 for (int j = 0; j < 2; j++)
                     if (2 * t + j < ROOM) {
                         float lo = 0, hi = 0;
                         for (int i = 0; i < CHAINS; i++) lo += c[i][j], hi += c[i][2 + j];
-                        own[g * ROOM + 2 * t + j] = lo, own[(g + 8) * ROOM + 2 * t + j] = hi;
+                        sums_here[g * ROOM + 2 * t + j] = lo, sums_here[(g + 8) * ROOM + 2 * t + j] = hi;
                     }
             } else {
                 for (int d = PLANES / 2; d < 4; d *= 2)
                     for (int j = 0; j < 2; j++) sum[0][j] += __shfl_xor_sync(~0u, sum[0][j], d);
                 for (int j = 0; j < TILES; j++)
                     if (t + 4 * j < ROOM) {
-                        own[g * ROOM + t + 4 * j] = sum[j][0];
-                        own[(g + 8) * ROOM + t + 4 * j] = sum[j][1];
+                        sums_here[g * ROOM + t + 4 * j] = sum[j][0];
+                        sums_here[(g + 8) * ROOM + t + 4 * j] = sum[j][1];
                     }
             }
             arrive(summed + turn % 2 * 8, lane);

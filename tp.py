@@ -204,20 +204,39 @@ def all_gather(x: Tensor) -> Tensor:
 def linear_sum(y: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
     """x + the sum over ranks of linear(y), for few rows of y: what kernels.py runs instead of ReducedLinearResidual.
 
-    Where small sums are exchanged as words, the linear's kernel writes them itself, in float32, if it can; a rank on
-    which it cannot sends the same words afterwards, so that ranks need not be alike.
+    Where small sums are exchanged as words, the linear's kernel writes them itself, in float32; a rank on which it
+    cannot would send the same words afterwards. `agree_on_linear_sums` sees to it that this is rare.
     """
     return torch.ops.hotloop.linear_sum(y, weight, scale, bias, x)
 
 
 def _linear_sum(y: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
     linear, exchange, x = torch.ops.hotloop.linear, _ranks.exchange, x.contiguous()
-    if exchanges(x.numel(), x.dtype) and 4 * x.numel() <= exchange.limit and x.numel() % 2 == 0:
+    # Only what is alike on all ranks decides how they add up.
+    if exchanges(x.numel(), x.dtype) and exchange.sends(x):
         if exchange.supports_linear(y, weight, scale, bias, x):
             return exchange.linear(y, weight, scale, bias, x)
         z = exchange(linear(y, weight, scale, bias, None, None, 0.0, 0.0, "").float())
         return (z + x).to(x.dtype)
     return _all_reduce(linear(y, weight, scale, bias, None, x if _ranks.rank == 0 else None, 0.0, 0.0, ""))
+
+
+def agree_on_linear_sums(model: nn.Module, stored: Callable) -> None:
+    """Let the linears of a model send their sums where those of all ranks can, and add up afterwards elsewhere.
+
+    stored(linear) -> (weight, scale). Collective, after `choose_all_reduce`; nothing to agree on without an exchange.
+    """
+    if _ranks is None or _ranks.exchange is None:
+        return
+    modules = [m for m in model.modules() if getattr(m, "linear_sum", None)]
+    able = []
+    for m in modules:
+        weight = model.tok_embeddings.weight
+        y, x = (weight.new_zeros(1, n) for n in (m.linear.in_features, m.linear.out_features))
+        able.append(_ranks.exchange.supports_linear(y, *stored(m.linear), m.linear.bias, x))
+    for m, *each in zip(modules, *_ranks.gather(able), strict=True):
+        if not all(each):
+            m.linear_sum = None
 
 
 def _all_reduce(x: Tensor) -> Tensor:

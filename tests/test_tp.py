@@ -358,6 +358,30 @@ def test_a_fused_module_adds_the_residual_once():
     torch.testing.assert_close(sum(sent), x + y @ weight.T)
 
 
+def test_a_fused_module_leaves_few_rows_to_linear_sum():
+    plain = tp.ReducedLinearResidual(types.SimpleNamespace(linear=torch.nn.Linear(32, 16), post_norm=None), 1)
+    y, x, given = torch.randn(1, 1, 32), torch.randn(1, 1, 16), []
+    plain.linear_sum = lambda *tensors: given.extend(tensors) or x
+    assert kernels.FusedLinearResidual(plain)(y, x) is x
+    wanted = (y, plain.linear.weight, None, plain.linear.bias, x)
+    assert all(a is b for a, b in zip(given, wanted, strict=True))
+
+
+def test_ranks_agree_on_which_linears_send_their_sums(monkeypatch):
+    """Where one rank's kernel cannot, none does."""
+    layers = [types.SimpleNamespace(linear=torch.nn.Linear(64 * i, 16), post_norm=None) for i in (1, 2, 3)]
+    model = torch.nn.Module()
+    model.tok_embeddings, model.other = torch.nn.Embedding(4, 16), torch.nn.Linear(4, 4)
+    model.sums = torch.nn.ModuleList(tp.ReducedLinearResidual(layer, 0) for layer in layers)
+    exchange = types.SimpleNamespace(supports_linear=lambda y, weight, scale, bias, x: y.shape[1] > 64)
+    fake = types.SimpleNamespace(exchange=exchange, gather=lambda able: [able, [True, True, False]])
+    monkeypatch.setattr(tp, "_ranks", fake)
+    tp.agree_on_linear_sums(model, kernels.stored)
+    assert [m.linear_sum for m in model.sums] == [None, tp.linear_sum, None]
+    monkeypatch.setattr(tp, "_ranks", types.SimpleNamespace(exchange=None))
+    tp.agree_on_linear_sums(model, None)  # nothing to agree on
+
+
 def test_a_linear_sends_its_sum_itself_where_it_can(monkeypatch):
     """tp.linear_sum of two ranks: by the linear's kernel, by words sent after it, and, of what is too large, by an
     all-reduce to which one rank adds the residual."""
@@ -368,10 +392,11 @@ def test_a_linear_sends_its_sum_itself_where_it_can(monkeypatch):
         return z if residual is None else z + residual
 
     class Exchange:
-        limit = 4 * x.numel()
-
         def __init__(self, able):
             self.able = able
+
+        def sends(self, residual):
+            return residual is x
 
         def supports_linear(self, *tensors):
             return self.able
@@ -653,6 +678,9 @@ def test_only_small_tensors_are_exchanged(monkeypatch):
     x = torch.zeros(300, dtype=torch.bfloat16)
     assert [tp._exchanges(x[:n]) for n in (4, 256, 260, 6, 0)] == [True, True, False, False, False]
     assert tp._exchanges(x.float()[:64]) and not tp._exchanges(x.float()[:66]) and not tp._exchanges(x.half()[:4])
+    x = torch.zeros(8, 1, 16, dtype=torch.bfloat16)
+    assert exchange.sends(x) and exchange.sends(x[:1]) and not exchange.sends(x.float()), "2 x 64 values"
+    assert not exchange.sends(torch.zeros(9, 1, 2).bfloat16()) and not exchange.sends(torch.zeros(8, 1, 18).bfloat16())
     with pytest.raises(RuntimeError, match="9 GPUs"):
         kernels_cuda.Exchange(torch.zeros(64, dtype=torch.int64), [0] * 9, 0)
 
