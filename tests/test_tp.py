@@ -428,7 +428,7 @@ def test_only_slices_are_read(directories, monkeypatch):
     read, original = [], Weights.read
     monkeypatch.setattr(Weights, "read", lambda *a, **k: read.append(original(*a, **k)) or read[-1])
     monkeypatch.setattr(Weights, "__getitem__", lambda *a: pytest.fail("a whole tensor was read"))
-    fake = types.SimpleNamespace(rank=1, world=4, check_same=lambda *a: None, exchanged={})
+    fake = types.SimpleNamespace(rank=1, world=4, check_same=lambda *a: None, exchange=None, exchanged={})
     monkeypatch.setattr(tp, "_ranks", fake)
     for name in ("wide", "mixtral-converted", "qwen3_moe", "stored-int4"):
         read.clear()
