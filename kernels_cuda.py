@@ -71,7 +71,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     """`kernels.linear_reference` for what `supports` accepts: x bf16 [..., K] -> bf16 [..., N].
 
     exchange: of GPUs each of which has some of the columns; then y is the residual, which must be there and the same on
-    all of them, plus the sum over them of what each computes, in float32, and rounded once. See `supports_linear`. Not
+    all of them, plus the sum over them of what each computes, in float32, and rounded once. See `Exchange.linear`. Not
     with a norm or an activation, which need all columns.
 
     Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative to the largest of 128 columns, or of 32;
@@ -84,7 +84,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     kind = KINDS[weight.dtype]
     group = K // scale.shape[1] if kind == 3 else 32
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    words = _Words() if exchange is None else exchange.words_of
+    words = _Words() if exchange is None else exchange.linear_words
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     plan = _plan(kind, group, M, N, K, bool(activation), x.device)
     # Copies take their time by the piece, of at most 128 bytes: 32 scales and zeros, where there are whole ones.
@@ -147,8 +147,8 @@ def attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, s
 EXCHANGE_THREADS, MAX_WORLD = 256, 8  # as in exchange_cuda.cu
 
 
-class _Words(ctypes.Structure):
-    _fields_ = [("of", ctypes.c_uint64 * MAX_WORLD), ("turn", ctypes.c_void_p), ("rank", ctypes.c_int),
+class _Words(ctypes.Structure):  # as in linear_cuda.cu
+    _fields_ = [("of", ctypes.c_uint64 * MAX_WORLD), ("number", ctypes.c_void_p), ("rank", ctypes.c_int),
                 ("room", ctypes.c_int)]  # fmt: skip
 
 
@@ -168,7 +168,7 @@ class Exchange:
         self.room = words.numel() // (2 * self.world * 2)  # pieces of 8 bytes, each of which takes two words
         self.limit = 8 * self.room
         self.state = torch.tensor([1, 0], dtype=torch.int32).to(words.device)
-        self.words_of = _Words(self.memory, self.state.data_ptr(), rank, self.room)
+        self.linear_words = _Words(self.memory, self.state.data_ptr(), rank, self.room)
         if words.is_cuda:  # compiled now: later the others would be waiting
             self.function(torch.bfloat16), self.function(torch.float32), self.collector()
 
@@ -183,7 +183,8 @@ class Exchange:
         return y
 
     def linear(self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor) -> Tensor:
-        """residual + the sum over GPUs of `linear`, where `supports_linear`. bf16 [..., N], the same bits on each."""
+        """residual + the sum over GPUs of `linear`, bf16 [..., N], the same bits on each; where all of them
+        `supports_linear`, and of a residual that it `sends`."""
         return linear(x, weight, scale, bias, None, residual, exchange=self)
 
     def collect(self, residual: Tensor, y: Tensor) -> Tensor:
@@ -198,16 +199,18 @@ class Exchange:
         return _function("exchange", ("BF16=1",), self.words.device, "collect")
 
     def sends(self, x: Tensor) -> bool:
-        """Whether linears whose results are of x's shape and dtype may send them. Alike on all ranks."""
+        """Whether a linear that `supports_linear` may send its results where they are of x's shape and dtype.
+
+        It depends on nothing that may differ between ranks.
+        """
         rows, fits = x.numel() // x.shape[-1], x.numel() <= 2 * self.room
         return x.dtype == torch.bfloat16 and rows <= MAX_ROWS and fits and x.numel() % 2 == 0
 
-    def supports_linear(
-        self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor
-    ) -> bool:
-        """Whether `linear` can send its results: what `sends` says of the residual, and the kernel of the rest."""
-        reads = residual.is_contiguous() and residual.data_ptr() % 4 == 0
-        return self.sends(residual) and reads and supports(x, weight, scale, bias)
+    @staticmethod
+    def supports_linear(weight: Tensor, scale: Tensor | None, bias: Tensor | None, K: int) -> bool:
+        """Whether `linear` has a kernel for this weight of K columns, whatever the rows of x."""
+        x = torch.zeros(MAX_ROWS, K, dtype=torch.bfloat16, device=weight.device)
+        return all(supports(x[:M], weight, scale, bias) for M in range(1, MAX_ROWS + 1))
 
     def function(self, dtype: torch.dtype) -> ctypes.c_void_p:
         """The kernel for a dtype."""
@@ -277,7 +280,7 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
         sums = warps * 128  # of squares
         sums += (PLACES * max(1, room // 2) + 1) * 128 * (split - 1)  # and what the other block sends
         totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
-        base = x + units + parts + sums + totals + 64
+        base = x + units + parts + sums + totals + 64  # barriers of two tiles in turn, and of places
         stages = min(MAX_STAGES[kind] * 2048 // chunk, (most - base) // stage)
         if columns * (panels - 1) < own:  # the last panel is not empty
             shared = base + stages * stage

@@ -34,7 +34,7 @@ def triton_programs() -> SimpleNamespace:
         """Programmatic dependent launch: until here, the kernel before this one may still run; from here on, the next
         one may start. What was written two kernels ago is complete even before this, because the kernel in between
         either waited like this before it let this one start, or is of another kind, which lets nothing start early.
-        (Not exchange_cuda.cu's: right after them comes a linear, which reads nothing but constants before.)
+        (Neither do exchange_cuda.cu's: right after them comes a linear, which reads nothing but constants before.)
         What the kernel right before this one wrote is complete only after this, whatever its kind.
         """
         if OVERLAP:

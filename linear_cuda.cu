@@ -20,15 +20,15 @@
 // Set at compilation: KIND (0 bf16, 1 fp8 e4m3, 2 int8, 3 int4), GROUP (of int4, else any), ROOM (rows of x it has
 // room for), CHUNK, WARPS (that multiply), WORDS (of a row's scales and zeros, of int4, that are copied in one piece),
 // SPLIT (1, or 2 blocks that share tiles), WORLD (1, or GPUs that add up what each of them has: y is then the words that
-// exchange_cuda.cu reads, in the memory of all of them). Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor, mbarrier,
-// griddepcontrol, mapa, st.async).
+// exchange_cuda.cu reads, in the memory of all of them). Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor,
+// mbarrier, griddepcontrol, mapa, st.async).
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned char u8;
 typedef unsigned short u16;
 struct alignas(64) TensorMap { u8 opaque[128]; };
-struct Words { u64 of[8]; const u32* number; int rank, room; };  // of an exchange: memory of each rank; see exchange_cuda.cu
+struct Words { u64 of[8]; const u32* number; int rank, room; };  // as exchange_cuda.cu has them: memory of each rank
 struct Maps { TensorMap w[SPLIT], scale_zero[SPLIT]; };  // of each block of a cluster
 
 constexpr int THREADS = WARPS * 32;                // that multiply; one more warp sends for weights, one finishes sums
@@ -432,7 +432,8 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 64, ROOM == 1 ? 2 : 1)  // few registers: attention has room beside one row
+// Of one row with no more than 96 registers: more brought nothing.
+extern "C" __global__ void __launch_bounds__(THREADS + 64, ROOM == 1 ? 2 : 1)
 linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const u16* __restrict__ x,
        const u16* __restrict__ bias, const u16* __restrict__ norm, const u16* __restrict__ residual, u16* __restrict__ y,
        int M, int N, int K, float eps, float offset, int activation, int stages, int panels, u32* taken,
@@ -450,8 +451,8 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
     float* units = (float*)(xs + (FLOAT ? M : 2 * M) * x_pitch);
     float* parts = units + (EXPONENTS ? M * spans * (KIND == 3 ? 2 : 1) : 0);           // [2][WARPS][ROWS][ROOM]
     float* squares = parts + 2 * WARPS * ROWS * ROOM;                                    // [ROOM][WARPS * 32 / ROOM]
-    float* from_other = squares + WARPS * 32;                                           // a tile's sums, and of squares
-    float* totals = from_other + (SPLIT > 1 ? 32 * (PLACES * EACH + 1) : 0);                      // [tiles][ROWS][ROOM]
+    float* from_other = squares + WARPS * 32;                                            // [PLACES][EACH][32], and squares
+    float* totals = from_other + (SPLIT > 1 ? 32 * (PLACES * EACH + 1) : 0);             // [tiles][ROWS][ROOM]
     const int tiles = panels > 1 ? N / (step * (gridDim.x / SPLIT)) + 1 : 0;             // of this block, at most
     Tile* tile_of = (Tile*)(totals + tiles * ROWS * ROOM);                               // by stage
     const u32 full = address(tile_of + stages), empty = full + stages * 8;
@@ -542,7 +543,8 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                     sums[m] = (lane & d ? sums[m + half] : sums[m]) + other;
                 }
             constexpr int LANES = 32 / THEIRS;  // that have a row's sums
-            squares[(first_row + lane / LANES) * (WARPS / GROUPS * LANES) + warp % (WARPS / GROUPS) * LANES + lane % LANES] = sums[0];
+            squares[(first_row + lane / LANES) * (WARPS / GROUPS * LANES) +
+                    warp % (WARPS / GROUPS) * LANES + lane % LANES] = sums[0];
         }
 
         for (;; turn++) {

@@ -204,21 +204,17 @@ def all_gather(x: Tensor) -> Tensor:
 def linear_sum(y: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
     """x + the sum over ranks of linear(y), for few rows of y: what kernels.py runs instead of ReducedLinearResidual.
 
-    Where small sums are exchanged as words, the linear's kernel writes them itself, in float32; a rank on which it
-    cannot would send the same words afterwards. `agree_on_linear_sums` sees to it that this is rare.
+    Where sums of x's size are exchanged as words, the linear's kernel sends them itself. Only modules for which
+    `agree_on_linear_sums` has left it in place may call it.
     """
     return torch.ops.hotloop.linear_sum(y, weight, scale, bias, x)
 
 
 def _linear_sum(y: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
-    linear, exchange, x = torch.ops.hotloop.linear, _ranks.exchange, x.contiguous()
-    # Only what is alike on all ranks decides how they add up.
-    if exchanges(x.numel(), x.dtype) and exchange.sends(x):
-        if exchange.supports_linear(y, weight, scale, bias, x):
-            return exchange.linear(y, weight, scale, bias, x)
-        z = exchange(linear(y, weight, scale, bias, None, None, 0.0, 0.0, "").float())
-        return (z + x).to(x.dtype)
-    return _all_reduce(linear(y, weight, scale, bias, None, x if _ranks.rank == 0 else None, 0.0, 0.0, ""))
+    if exchanges(x.numel(), x.dtype) and _ranks.exchange.sends(x):  # alike on all ranks
+        return _ranks.exchange.linear(y, weight, scale, bias, x)
+    residual = x if _ranks.rank == 0 else None
+    return _all_reduce(torch.ops.hotloop.linear(y, weight, scale, bias, None, residual, 0.0, 0.0, ""))
 
 
 def agree_on_linear_sums(model: nn.Module, stored: Callable) -> None:
@@ -229,11 +225,7 @@ def agree_on_linear_sums(model: nn.Module, stored: Callable) -> None:
     if _ranks is None or _ranks.exchange is None:
         return
     modules = [m for m in model.modules() if getattr(m, "linear_sum", None)]
-    able = []
-    for m in modules:
-        weight = model.tok_embeddings.weight
-        y, x = (weight.new_zeros(1, n) for n in (m.linear.in_features, m.linear.out_features))
-        able.append(_ranks.exchange.supports_linear(y, *stored(m.linear), m.linear.bias, x))
+    able = [_ranks.exchange.supports_linear(*stored(m.linear), m.linear.bias, m.linear.in_features) for m in modules]
     for m, *each in zip(modules, *_ranks.gather(able), strict=True):
         if not all(each):
             m.linear_sum = None

@@ -6,7 +6,6 @@ real processes under torchrun. This file is also what those processes run: see `
 Try it:  python -m pytest tests/test_tp.py
 """
 
-import itertools
 import json
 import os
 import re
@@ -373,7 +372,7 @@ def test_ranks_agree_on_which_linears_send_their_sums(monkeypatch):
     model = torch.nn.Module()
     model.tok_embeddings, model.other = torch.nn.Embedding(4, 16), torch.nn.Linear(4, 4)
     model.sums = torch.nn.ModuleList(tp.ReducedLinearResidual(layer, 0) for layer in layers)
-    exchange = types.SimpleNamespace(supports_linear=lambda y, weight, scale, bias, x: y.shape[1] > 64)
+    exchange = types.SimpleNamespace(supports_linear=lambda weight, scale, bias, K: K > 64)
     fake = types.SimpleNamespace(exchange=exchange, gather=lambda able: [able, [True, True, False]])
     monkeypatch.setattr(tp, "_ranks", fake)
     tp.agree_on_linear_sums(model, kernels.stored)
@@ -382,45 +381,26 @@ def test_ranks_agree_on_which_linears_send_their_sums(monkeypatch):
     tp.agree_on_linear_sums(model, None)  # nothing to agree on
 
 
-def test_a_linear_sends_its_sum_itself_where_it_can(monkeypatch):
-    """tp.linear_sum of two ranks: by the linear's kernel, by words sent after it, and, of what is too large, by an
-    all-reduce to which one rank adds the residual."""
+@pytest.mark.parametrize("rank", range(2))
+def test_a_linear_sends_its_sum_itself_where_it_can(rank, monkeypatch):
+    """tp.linear_sum: by the linear's kernel; of what is not exchanged, or not sent, by an all-reduce of linears one of
+    which has added the residual."""
     y, x, weight, sent = torch.randn(2, 1, 64), torch.randn(2, 1, 16), torch.randn(16, 64), []
 
     def linear(y, weight, scale, bias, norm, residual, *others):
-        z = y @ weight.T
-        return z if residual is None else z + residual
-
-    class Exchange:
-        def __init__(self, able):
-            self.able = able
-
-        def sends(self, residual):
-            return residual is x
-
-        def supports_linear(self, *tensors):
-            return self.able
-
-        def linear(self, y, weight, scale, bias, x):
-            return "by its kernel"
-
-        def __call__(self, z):
-            assert z.dtype == torch.float32
-            return sent.append(z) or z
+        return y @ weight.T if residual is None else y @ weight.T + residual
 
     monkeypatch.setattr(torch.ops, "hotloop", types.SimpleNamespace(linear=linear))
     monkeypatch.setattr(tp, "_all_reduce", lambda z: sent.append(z) or z)
-    for rank, able, exchanged in itertools.product(range(2), (True, False), (x.numel(), x.numel() - 2)):
-        sent.clear()
-        fake = types.SimpleNamespace(rank=rank, world=2, exchange=Exchange(able), exchanged={x.dtype: exchanged})
+    for sends, exchanged in ((True, x.numel()), (False, x.numel()), (True, x.numel() - 2)):
+        exchange = types.SimpleNamespace(sends=lambda z, sends=sends: sends, linear=lambda *tensors: tensors)
+        fake = types.SimpleNamespace(rank=rank, world=2, exchange=exchange, exchanged={x.dtype: exchanged})
         monkeypatch.setattr(tp, "_ranks", fake)
         z = tp._linear_sum(y, weight, None, None, x)
-        if able and exchanged == x.numel():
-            assert z == "by its kernel" and not sent
-            continue
-        adds = exchanged == x.numel() or rank == 0
-        torch.testing.assert_close(z, y @ weight.T + x * adds)
-        torch.testing.assert_close(sent[0], y @ weight.T + x * (exchanged < x.numel() and rank == 0))
+        if sends and exchanged == x.numel():
+            assert z == (y, weight, None, None, x) and not sent
+        else:
+            torch.testing.assert_close(sent.pop(), y @ weight.T + x * (rank == 0))
 
 
 def test_only_slices_are_read(directories, monkeypatch):
