@@ -19,7 +19,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef long long i64;
 
-constexpr int WARPS = 8, THREADS = WARPS * 32;
+constexpr int WARPS = 16, THREADS = WARPS * 32;
 constexpr int PITCH = 2 * D + 16;       // bytes from a row in shared memory to the next, over all banks
 constexpr int ITEMS = D / 32;           // of 16 bytes of a key, that a thread holds
 constexpr int PLANES = D / 64;          // of 16 bytes of a value
@@ -122,14 +122,16 @@ __device__ __forceinline__ void attend(Rows& rows, const u8* q, const Keys& keys
 }
 
 // Block (row b, kv head and eight query rows; split): its share of the context.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* __restrict__ sin,
        const i64* __restrict__ pos, const u16* __restrict__ q_norm, const u16* __restrict__ k_norm, u16* k_cache,
        u16* v_cache, float* part, u32* count, u16* __restrict__ y, int T, int KV, int G, int S, float scale,
        float softcap, int window, float eps, float offset) {
     __shared__ __align__(16) u8 q[8 * PITCH], k_new[8 * PITCH], v_new[8 * PITCH];
-    __shared__ __align__(16) float accs[WARPS][8][ACC_PITCH], tops[WARPS][8], totals[WARPS][8];
+    __shared__ __align__(16) float tops[WARPS][8], totals[WARPS][8];
     __shared__ u32 arrived;
+    extern __shared__ __align__(16) float dynamic[];
+    float (*accs)[8][ACC_PITCH] = (float (*)[8][ACC_PITCH])dynamic;  // [WARPS]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int parts = (G * T + 7) / 8, r0 = blockIdx.x % parts * 8, R = min(8, G * T - r0);  // rows r0 ... r0 + R - 1
     const int b = blockIdx.x / parts / KV, head = blockIdx.x / parts % KV, split = blockIdx.y, width = KV * (G + 2) * D;

@@ -62,9 +62,8 @@ def decode_one_token(model: Transformer, token: Tensor, input_pos: Tensor, slots
 
 def advance(model: Transformer, token: Tensor, input_pos: Tensor, slots: Tensor, sample: Callable) -> None:
     """`decode_one_token` in place, which a compiler makes part of the last kernels."""
-    following = decode_one_token(model, token, input_pos, slots, sample)
-    token.copy_(following[0])
-    input_pos.copy_(following[1])
+    token.copy_(decode_one_token(model, token, input_pos, slots, sample)[0])
+    input_pos.add_(token >= 0)  # always 1; what depends on the token is part of the kernel that finds it
 
 
 def compile_decode(model: Transformer) -> Callable:

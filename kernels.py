@@ -40,6 +40,7 @@ from kernels_one_pass import (  # noqa: F401 (also what others take from here)
     activate,
     dequantize,
     dequantized_reference,
+    embed_reference,
     gated_reference,
     join_scales,
     rms_norm_reference,
@@ -177,6 +178,24 @@ def _registered() -> bool:
 _registered._dynamo_marked_constant = True  # as have_triton
 
 
+def _known_to_inductor() -> bool:
+    """Tell Inductor of the operators that follow the head: how it would handle them when it first meets one.
+
+    PyTorch 2.11 then also prints, for a log, what the operator's input was computed from, what that was computed from,
+    and so on: of operators alone, each of which takes x twice, that doubles with every layer.
+    """
+    from torch._inductor.lowering import lowerings, make_fallback
+
+    for name in ("top_k", "all_gather"):
+        operator = getattr(torch.ops.hotloop, name, None)
+        if operator is not None and operator.default not in lowerings:
+            make_fallback(operator.default)
+    return True
+
+
+_known_to_inductor._dynamo_marked_constant = True  # dynamo calls it, and takes the result
+
+
 # ----------------------------------------------------------------------------------------------------- the modules
 def stored(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight, scale) of a plain or quantized linear, as `linear` takes them."""
@@ -221,18 +240,22 @@ class FusedNorm(nn.Module):
         return norm(x, self.weight, self.eps, self.offset)
 
 
+def norm_linear(norm: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
+    """norm -> linear, in one kernel for few rows."""
+    if not few_rows(x):
+        return linear(norm(x))
+    return torch.ops.hotloop.linear(x, *stored(linear), linear.bias, norm.weight, None, norm.eps, norm.offset, "")
+
+
 class FusedNormLinear(nn.Module):
-    """norm -> linear, in one kernel for few rows. Made from model.NormLinear."""
+    """`norm_linear`. Made from model.NormLinear."""
 
     def __init__(self, plain: nn.Module):
         super().__init__()
         self.norm, self.linear = plain.norm, plain.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if not few_rows(x):
-            return self.linear(self.norm(x))
-        n = self.norm
-        return torch.ops.hotloop.linear(x, *stored(self.linear), self.linear.bias, n.weight, None, n.eps, n.offset, "")
+        return norm_linear(self.norm, self.linear, x)
 
 
 class FusedNormGateUp(nn.Module):
@@ -306,6 +329,26 @@ class FusedAttention(nn.Module):
         )  # fmt: skip
 
 
+class FusedEnds:
+    """What model.Transformer does before and after its layers, in one kernel each: a class for a model to be of too."""
+
+    def embed(self, tokens: Tensor, pos: Tensor):
+        embedding, scale = self.tok_embeddings, self.args.embedding_scale
+        if not use_triton(embedding.weight) or (torch.is_grad_enabled() and embedding.weight.requires_grad):
+            return super().embed(tokens, pos)
+        ropes = [self.rope] if self.rope_local is None else [self.rope, self.rope_local]
+        start, all_reduce = getattr(embedding, "start", 0), getattr(embedding, "all_reduce", None)
+        x, angles = torch.ops.hotloop.embed(
+            tokens, embedding.weight, start, scale, pos, [r.inv_freq for r in ropes], [r.factor for r in ropes]
+        )
+        return x if all_reduce is None else all_reduce(x), angles[0].unbind(), angles[-1].unbind()
+
+    def head(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            _known_to_inductor()
+        return norm_linear(self.norm, self.output, x)
+
+
 def fuse(model: nn.Module) -> None:
     """Swap the kernels' modules into the five seams of every layer, and into the head, of a model on a GPU.
 
@@ -333,6 +376,7 @@ def fuse(model: nn.Module) -> None:
         if swap:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, swap(module))
+    model.__class__ = type(f"Fused{type(model).__name__}", (FusedEnds, type(model)), {})
 
 
 # --------------------------------------------------------------------------------------------------- the operators
@@ -360,6 +404,10 @@ def _triton() -> torch.library.Library:
         "float scale, float softcap, int window, float eps, float offset) -> Tensor"
     )
     library.define("top_k(Tensor logits, int k) -> (Tensor, Tensor)")
+    library.define(
+        "embed(Tensor tokens, Tensor weight, int start, float scale, Tensor pos, Tensor[] inv_freq, float[] factors) "
+        "-> (Tensor, Tensor)"
+    )
     library.define("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor")
     library.define("gated(Tensor gate_up, str activation) -> Tensor")
     library.define(
@@ -372,6 +420,7 @@ def _triton() -> torch.library.Library:
         "linear": _linear,
         "attend": _attend,
         "top_k": _either(kernels_top_k.top_k, torch.topk),
+        "embed": _either(kernels_one_pass.embed, embed_reference),
         "rms_norm": _either(kernels_one_pass.rms_norm, rms_norm_reference),
         "gated": _either(kernels_one_pass.gated, gated_reference),
         "rotated_queries": _either(kernels_attend.rotated_queries, rotated_queries_reference),
@@ -391,6 +440,11 @@ def _triton() -> torch.library.Library:
     @torch.library.register_fake("hotloop::top_k", lib=library)
     def top_k_shape(logits, k):
         return logits.new_empty(len(logits), k), logits.new_empty(len(logits), k, dtype=torch.int64)
+
+    @torch.library.register_fake("hotloop::embed", lib=library)
+    def embed_shape(tokens, weight, start, scale, pos, inv_freq, factors):
+        angles = pos.new_empty(len(factors), 2, *pos.shape, 1, inv_freq[0].shape[0], dtype=torch.float32)
+        return weight.new_empty(*tokens.shape, weight.shape[1]), angles
 
     @torch.library.register_fake("hotloop::rms_norm", lib=library)
     def rms_norm_shape(x, weight, eps, offset):

@@ -103,7 +103,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
 
 
 HEAD_DIMS, MAX_TOKENS, MAX_COUNTS = (64, 128), 8, 4096
-ATTEND_THREADS, ATTEND_ROWS, SPAN = 256, 8, 256  # of a block, as in attend_cuda.cu; slots that are worth a block
+ATTEND_WARPS, ATTEND_ROWS, SPAN = 16, 8, 256  # of a block, as in attend_cuda.cu; slots that are worth a block
 
 
 def supports_attend(qkv: Tensor, pos: Tensor, k_cache: Tensor, v_cache: Tensor, group: int,
@@ -134,13 +134,14 @@ def attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, s
     qkv, cos, sin, pos = qkv.contiguous(), cos.contiguous(), sin.contiguous(), pos.contiguous()
     # Enough blocks to fill the GPU at long contexts; those with nothing to do at a short one return at once.
     blocks = B * K * -(-group * T // ATTEND_ROWS)
-    splits = max(1, min(64, 2 * _multiprocessors(qkv.device) // blocks, -(-S // SPAN)))
+    splits = max(1, min(64, _multiprocessors(qkv.device) // blocks, -(-S // SPAN)))
     y = torch.empty(B, T, K * group * D, dtype=qkv.dtype, device=qkv.device)
     part = torch.empty(blocks * splits * ATTEND_ROWS * (D + 2), device=qkv.device)
     values = [qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, part, count, y, T, K, group, S]
     values += [scale, softcap, window, eps, offset]
     function = _function("attend", (f"D={D}",), qkv.device)
-    _launch(function, (blocks, splits), ATTEND_THREADS, 0, values, qkv.device)
+    shared = ATTEND_WARPS * ATTEND_ROWS * (D + 2) * 4  # what each warp has summed
+    _launch(function, (blocks, splits), ATTEND_WARPS * 32, shared, values, qkv.device)
     return y
 
 

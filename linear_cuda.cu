@@ -49,7 +49,8 @@ constexpr int SPAN = KIND == 3 ? 32 : 128;         // columns of x that share an
 constexpr int EACH = ROOM == 1 ? 1 : ROOM / 2;     // sums of a tile that each lane finishes
 constexpr int PLACES = 4;                          // for sums that the other block of a cluster sends
 constexpr int GROUPS = ROOM == 1 ? 1 : 2;          // of warps, that prepare different rows of x
-// int4: with few rows of x, several blocks of 32 columns get columns of their own in one accumulator.
+// int4, one row of x: threads t = 0 ... 3 of a row of W have different groups, whose sums land in different columns, since
+// x is a block diagonal. int4: with few rows of x, several blocks of 32 columns get columns of their own in one accumulator.
 constexpr int PLANES = KIND != 3 ? 8 : ROOM >= 4 ? 8 : 2 * ROOM, SLOTS = 8 / PLANES, BATCHES = KIND == 3 ? SHARE / 16 / SLOTS : 1;
 
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -260,7 +261,8 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
     // Of the tile that is being finished; of row lane / (32 / ROOM) of x the total of its squares, and the norm's factor.
     int out = 0, pending = -1;
     bool exists = false;
-    float s = 1, b = 0, rest[EACH], values[EACH], total = 0, inv = 1;
+    float s = 1, values[EACH], total = 0, inv = 1;
+    u32 b = 0, rest[EACH];  // bf16, as bits: to turn them into floats here would be to wait for them here
     const auto store = [&](int i) {
         if constexpr (SPLIT > 1) {
             const int place = i / SPLIT % PLACES;
@@ -276,12 +278,12 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
             const int m = m0 + j;
             float value = values[j];
             if (KIND == 1 && !FP16) value *= 1152921504606846976.0f;
-            value = value * (s * __shfl_sync(~0u, inv, m * (32 / ROOM))) + b;
+            value = value * (s * __shfl_sync(~0u, inv, m * (32 / ROOM))) + low_bf16(b);
             const float up = __shfl_down_sync(~0u, value, ROOM == 1 ? 8 : 16);
             if (pairs) value = activated(value, activation) * up;
             if (exists && m < M && !(pairs && r >= step) && lane < (ROOM == 1 ? ROWS : 32)) {
                 if (WORLD > 1) send_all(words, number, m * N + out, value);
-                else y[(long long)m * N + out] = to_bf16(value + rest[j]);
+                else y[(long long)m * N + out] = to_bf16(value + low_bf16(rest[j]));
             }
         }
     };
@@ -298,11 +300,12 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
                 exists = r % step < tile.rows && (pairs || r < tile.rows);
                 const long long row = pairs && r >= step ? N + out : out;
                 if (exists && (KIND == 1 || KIND == 2)) s = scale[row];
-                if (exists && bias) b = low_bf16(bias[row]);
+                if (exists && bias) b = bias[row];
                 #pragma unroll
                 for (int j = 0; j < EACH; j++) {
                     const int m = m0 + j;
-                    rest[j] = residual && exists && m < M ? low_bf16(load_fresh(residual + (long long)m * N + out)) : 0;
+                    rest[j] = 0;
+                    if (residual && exists && m < M) rest[j] = load_fresh(residual + (long long)m * N + out);
                 }
             }
             #pragma unroll 1
@@ -432,8 +435,7 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
     }
 }
 
-// Of one row with no more than 96 registers: more brought nothing.
-extern "C" __global__ void __launch_bounds__(THREADS + 64, ROOM == 1 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(THREADS + 64, 1)
 linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const u16* __restrict__ x,
        const u16* __restrict__ bias, const u16* __restrict__ norm, const u16* __restrict__ residual, u16* __restrict__ y,
        int M, int N, int K, float eps, float offset, int activation, int stages, int panels, u32* taken,
@@ -561,19 +563,21 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                 for (int i = 0; i < BLOCKS; i++) {
                     const int byte = (i * WARPS + warp) * SHARE, unit = byte % 128 / 16;
                     const u8 *stage = shared + ring.stage * STAGE, *ws = stage + byte / 128 * 1024 + g * 128;
-                    if constexpr (KIND == 3) {
+                    if constexpr (KIND == 3)
+                        #pragma unroll
+                        for (int j = 0; j < BATCHES; j++) {
+                            const int slot = ROOM == 1 ? 2 * t + j : j * SLOTS + t / (PLANES / 2);
+                            const int group = (byte / 16 + slot) * 32 / GROUP;
+                            const u8* ss = stage + 2 * HALF + group / WORDS * BOX + g * (WORDS * 4) +
+                                           (group % WORDS / 4 ^ g * WORDS / 32) * 16 + group % 4 * 4;
+                            s[i][j][0] = *(const u32*)ss, s[i][j][1] = *(const u32*)(ss + BOXES * BOX);
+                        }
+                    if constexpr (KIND == 3 && ROOM > 1) {
                         u32* words = (u32*)w[i];
                         #pragma unroll
                         for (int j = 0; j < SHARE / 16; j++) {
                             words[2 * j] = *(const u32*)(ws + ((unit + j) ^ g) * 16 + 4 * t);
                             words[2 * j + 1] = *(const u32*)(ws + HALF + ((unit + j) ^ g) * 16 + 4 * t);
-                        }
-                        #pragma unroll
-                        for (int j = 0; j < BATCHES; j++) {
-                            const int slot = j * SLOTS + t / (PLANES / 2), group = (byte / 16 + slot) * 32 / GROUP;
-                            const u8* ss = stage + 2 * HALF + group / WORDS * BOX + g * (WORDS * 4) +
-                                           (group % WORDS / 4 ^ g * WORDS / 32) * 16 + group % 4 * 4;
-                            s[i][j][0] = *(const u32*)ss, s[i][j][1] = *(const u32*)(ss + BOXES * BOX);
                         }
                     } else
                         #pragma unroll
@@ -586,7 +590,28 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                 #pragma unroll
                 for (int i = 0; i < BLOCKS; i++) {
                     const int at = chunk * CHUNK + (i * WARPS + warp) * SHARE;  // byte of the panel's row of W
-                    if constexpr (KIND == 3) {
+                    if constexpr (KIND == 3 && ROOM == 1)
+                        #pragma unroll
+                        for (int u = 0; u < 2; u++) {
+                            const uint4 lo = w[i][2 * u], hi = w[i][2 * u + 1];
+                            const u32 lows[4] = {lo.x, lo.y, lo.z, lo.w}, highs[4] = {hi.x, hi.y, hi.z, hi.w};
+                            uint4 v[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+                            if (g / 2 == t)
+                                for (int j = 0; j < 2; j++)
+                                    v[j] = *(const uint4*)(xs + g % 2 * x_pitch + 2 * (at + 16 * (2 * t + u)) + 16 * j);
+                            const u32 b[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
+                            int dot[4] = {};
+                            #pragma unroll
+                            for (int j = 0; j < 4; j++)
+                                mma(dot, lows[j] & 0x0F0F0F0F, highs[j] & 0x0F0F0F0F, (lows[j] >> 4) & 0x0F0F0F0F,
+                                    (highs[j] >> 4) & 0x0F0F0F0F, b[2 * j], b[2 * j + 1]);
+                            const float2 unit = ((const float2*)units)[at / 16 + 2 * t + u];
+                            const u32 s_lo = s[i][u][0], s_hi = s[i][u][1];
+                            const float d_lo = dot[0] + (dot[1] << 8), d_hi = dot[2] + (dot[3] << 8);
+                            sum[0][0] += fp16(s_lo) * (d_lo * unit.x - fp16(s_lo >> 16) * unit.y);
+                            sum[0][1] += fp16(s_hi) * (d_hi * unit.x - fp16(s_hi >> 16) * unit.y);
+                        }
+                    else if constexpr (KIND == 3) {
                         const u32* words = (const u32*)w[i];
                         #pragma unroll
                         for (int b = 0; b < BATCHES; b++) {

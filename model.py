@@ -489,8 +489,16 @@ class Transformer(nn.Module):
             a.cache = KVCache(shape, self.kv_dtype or weight.dtype, weight.device)
         self.slots = torch.arange(n_slots, device=weight.device)
 
+    def embed(self, tokens: Tensor, pos: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """tokens int [B, T] at pos int [B or 1, T] -> (x [B, T, C], what RoPE returns, and what local layers take)."""
+        x = self.tok_embeddings(tokens)
+        if self.args.embedding_scale != 1.0:
+            x = x * self.embedding_scale.to(x.dtype)
+        rope = self.rope(pos)
+        return x, rope, rope if self.rope_local is None else self.rope_local(pos)
+
     def features(self, tokens: Tensor, input_pos: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-        """tokens int [B, T] -> final hidden states [B, T, C], normalized.
+        """tokens int [B, T] -> the last layer's hidden states [B, T, C], before the final norm, which `head` has.
 
         input_pos int [B, T]: each row's own positions; keys and values go to those cache slots. None: no cache,
         plain causal over the T tokens. slots int [S']: the cache slots to attend to, 0 ... S' - 1, at least up to
@@ -501,18 +509,18 @@ class Transformer(nn.Module):
             pos = torch.arange(tokens.shape[1], device=tokens.device)[None]
         else:
             pos, slots = input_pos, self.slots if slots is None else slots
-        x = self.tok_embeddings(tokens)
-        if self.args.embedding_scale != 1.0:
-            x = x * self.embedding_scale.to(x.dtype)
-        rope = self.rope(pos)
-        rope_local = rope if self.rope_local is None else self.rope_local(pos)
+        x, rope, rope_local = self.embed(tokens, pos)
         for layer in self.layers:
             x = layer(x, rope if layer.attention.window is None else rope_local, pos, slots)
-        return self.norm(x)
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        """The final norm and the linear over the vocabulary: [B, T, C] -> [B, T, V]."""
+        return self.output(self.norm(x))
 
     def logits(self, features: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, V]."""
-        logits = self.output(features)
+        logits = self.head(features)
         cap = self.args.logit_softcap
         return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
 

@@ -82,8 +82,21 @@ def race(weights: Tensor, noise: Tensor | None = None) -> Tensor:
     return (weights / noise).argmax(-1, keepdim=True)
 
 
+def exponential(clock: Tensor, n: int) -> Tensor:
+    """Exponential noise, float32 [B, n], that is a function of clock, int64 [B, 1]: SplitMix64 in counter mode.
+
+    Of a generator a CUDA graph has to be told before each replay, and no compiler makes its kernel part of another.
+    """
+    z = ((clock << 20) + torch.arange(n, device=clock.device)) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
+    z = z ^ (z >> 31 & (1 << 33) - 1)
+    # Uniform numbers have all of float32's precision near 0, so that rare tokens are drawn as often as they should.
+    return -torch.log1p(-((z >> 11 & (1 << 53) - 1).float() * 2.0**-53))
+
+
 class Sampler(nn.Module):
-    """`sample` with its settings, and the repetition penalty, which has to remember the tokens of each row."""
+    """`sample` with its settings, what noise is made from, and the repetition penalty's memory of each row's tokens."""
 
     def __init__(self, temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
         super().__init__()
@@ -100,6 +113,7 @@ class Sampler(nn.Module):
         self.top_p = None if top_p == 1 else top_p
         self.penalty = repetition_penalty
         self.register_buffer("seen", None, persistent=False)  # bool [B, V]
+        self.register_buffer("clock", None, persistent=False)  # int64 [B, 1]
         self.part: tp.ShardedLogits | None = None
         self.same_noise = False  # whether all ranks draw the same numbers, and so need no part
 
@@ -109,13 +123,18 @@ class Sampler(nn.Module):
             self.part, model.logits.local = model.logits, True
 
     def reset(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
-        """Start a generation: the prompts' tokens count as seen."""
+        """Start a generation: the prompts' tokens count as seen, and noise is that of PyTorch's seed."""
+        if self.temperature > 0 and self.part is None:
+            clock = torch.randint(1 << 62, (len(prompts), 1), device=device)
+            if self.clock is None or self.clock.shape != clock.shape:
+                self.clock = clock
+            self.clock.copy_(clock)  # in place: a captured graph reads this memory
         if self.penalty == 1:
             return
         if self.seen is None or self.seen.shape[0] != len(prompts):
             width = vocab_size + (self.part.width if self.part else 0)  # parts are padded beyond the end
             self.seen = torch.zeros(len(prompts), width, dtype=torch.bool, device=device)
-        self.seen.zero_()  # in place: a captured graph reads this memory
+        self.seen.zero_()
         for row, prompt in zip(self.seen, prompts, strict=True):
             row[torch.tensor(prompt, device=device)] = True
 
@@ -131,7 +150,10 @@ class Sampler(nn.Module):
             logits = self.penalized(logits, seen)
         rule = (self.temperature, self.top_k, self.top_p, self.min_p)
         if self.part is None:
-            token = sample(logits, *rule)
+            V, drawn = logits.shape[-1], self.temperature > 0 and self.clock is not None
+            token = sample(logits, *rule, exponential(self.clock, min(self.top_k or V, V)) if drawn else None)
+            if drawn:
+                self.clock.add_(token >= 0)  # always 1; what depends on the token is part of the kernel that finds it
         else:
             token = tp.sample_shard(
                 lambda values, noise: sample(values, *rule, noise),

@@ -495,7 +495,7 @@ class ShardedEmbedding(nn.Module):
 
     def __init__(self, weight: nn.Parameter, start: int):
         super().__init__()
-        self.weight, self.start = weight, start
+        self.weight, self.start, self.all_reduce = weight, start, all_reduce  # also for what takes its place
 
     def forward(self, tokens: Tensor) -> Tensor:
         local, n = tokens - self.start, self.weight.shape[0]

@@ -166,6 +166,28 @@ else:
             y, rtol = torch.ops.hotloop.dequantized(*w, dtype), 1e-6 if dtype == torch.float32 else 2.0**-7
             torch.testing.assert_close(y, kernels.dequantize(*w).to(dtype), rtol=rtol, atol=1e-6)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        "rows, width, half, scale, ropes", [(1, 40, 8, 1.0, 1), (3, 1024, 16, 6.7, 2), (2, 2100, 48, 1.0, 2)]
+    )
+    def test_embed(dtype, rows, width, half, scale, ropes):
+        kernels._triton()
+        rtol = 0 if GPU or dtype != torch.bfloat16 else 2.0**-6  # the interpreter cuts bfloat16 off
+        weight = torch.randn(50, width, device=DEVICE).to(dtype)
+        inv_freq = [0.3 ** torch.arange(half, device=DEVICE).float() * (i + 1) for i in range(ropes)]
+        for batch, start in ((rows, 0), (1, 60)):  # of ids 60 ... 109, which others have a part of too
+            tokens = torch.randint(start - 20 * (start > 0), start + 50, (rows, 3), device=DEVICE)
+            pos = torch.tensor([[0, 17, 131071]], device=DEVICE).expand(batch, -1)
+            given = tokens, weight, start, scale, pos, inv_freq, [1.0, 0.5][:ropes]
+            x, angles = torch.ops.hotloop.embed(*given)
+            expected = kernels.embed_reference(*given)
+            torch.testing.assert_close(x, expected[0], rtol=rtol, atol=0)
+            torch.testing.assert_close(angles, expected[1], rtol=0, atol=3e-7)
+            if start == 0:
+                rope = torch.stack([(pos[..., None].float() * inv_freq[0]).cos()[:, :, None]])
+                torch.testing.assert_close(angles[0, :1], rope, rtol=0, atol=3e-7)
+                torch.testing.assert_close(x, weight[tokens] * torch.tensor(scale, dtype=dtype), rtol=rtol, atol=0)
+
     @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 9, 100), (17, 1024), (2, 4100)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_rms_norm(shape, dtype):
