@@ -34,13 +34,12 @@ import kernels_attend
 import kernels_linear
 import kernels_one_pass
 import kernels_top_k
-from kernels_attend import ATTEND_ROWS, rotated_queries_reference
+from kernels_attend import ATTEND_ROWS, embed_reference, rotated_queries_reference
 from kernels_linear import linear_reference
 from kernels_one_pass import (  # noqa: F401 (also what others take from here)
     activate,
     dequantize,
     dequantized_reference,
-    embed_reference,
     gated_reference,
     join_scales,
     rms_norm_reference,
@@ -332,7 +331,8 @@ class FusedAttention(nn.Module):
 class FusedEnds:
     """What model.Transformer does before and after its layers, in one kernel each: a class for a model to be of too."""
 
-    def embed(self, tokens: Tensor, pos: Tensor):
+    def embed(self, tokens: Tensor, pos: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """As model.Transformer.embed; the plain one where the embedding is trained."""
         embedding, scale = self.tok_embeddings, self.args.embedding_scale
         if not use_triton(embedding.weight) or (torch.is_grad_enabled() and embedding.weight.requires_grad):
             return super().embed(tokens, pos)
@@ -344,6 +344,7 @@ class FusedEnds:
         return x if all_reduce is None else all_reduce(x), angles[0].unbind(), angles[-1].unbind()
 
     def head(self, x: Tensor) -> Tensor:
+        """As model.Transformer.head."""
         if torch.compiler.is_compiling():
             _known_to_inductor()
         return norm_linear(self.norm, self.output, x)
@@ -420,7 +421,7 @@ def _triton() -> torch.library.Library:
         "linear": _linear,
         "attend": _attend,
         "top_k": _either(kernels_top_k.top_k, torch.topk),
-        "embed": _either(kernels_one_pass.embed, embed_reference),
+        "embed": _either(kernels_attend.embed, embed_reference),
         "rms_norm": _either(kernels_one_pass.rms_norm, rms_norm_reference),
         "gated": _either(kernels_one_pass.gated, gated_reference),
         "rotated_queries": _either(kernels_attend.rotated_queries, rotated_queries_reference),

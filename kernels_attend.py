@@ -1,12 +1,13 @@
-"""Attention over the KV cache, of a few new tokens a row; and what precedes attention for many. Two kernels.
+"""Attention over the KV cache, of a few new tokens a row; what precedes it for many; what precedes all layers.
 
+    embed               a token's row of the embedding, and the angles of its position, beside its plain reference
     attend              RoPE, the write to the cache, and attention split over the context; its reference is
                         model.Attention
     rotated_queries     RoPE and the write to the cache, beside its plain PyTorch reference
 
 The cache is in the model's dtype or in e4m3, with a scale a head and slot.
 
-Try it:  TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py -k "attend or rotated"
+Try it:  TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py -k "embed or attend or rotated"
 
 Sources: Flash-Decoding (https://pytorch.org/blog/flash-decoding/), online softmax (arXiv 1805.02867).
 """
@@ -15,6 +16,7 @@ import functools
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels_one_pass
@@ -22,8 +24,21 @@ import kernels_overlap
 from kernels_one_pass import rms_norm_reference
 from kernels_overlap import overlaps
 
+EMBED_BLOCK = 1024  # columns a program
 ATTEND_BLOCK = 64  # slots at a time
 ATTEND_ROWS = 64  # new tokens times query heads a kv head, at most
+
+
+def embed_reference(tokens: Tensor, weight: Tensor, start: int, scale: float, pos: Tensor, inv_freq: list[Tensor],
+                    factors: list[float]) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """tokens int [B, T], weight [n, C] of ids start ... start + n - 1, pos int [b, T], inv_freq float32 [D/2] each
+    -> (x [B, T, C], their rows times scale in weight's dtype, zeros for other ids; float32 [R, 2, b, T, 1, D/2],
+    cosine and sine of pos * inv_freq, times their factor)."""
+    local, n = tokens - start, weight.shape[0]
+    x = F.embedding(local.clamp(0, n - 1), weight) * ((local >= 0) & (local < n))[..., None]
+    angles = [(pos[..., None].float() * f)[:, :, None] for f in inv_freq]
+    pairs = [torch.stack([a.cos(), a.sin()]) * factor for a, factor in zip(angles, factors, strict=True)]
+    return x * torch.tensor(scale, dtype=x.dtype), torch.stack(pairs)
 
 
 def rotated_queries_reference(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, q_norm, k_norm, group, eps,
@@ -69,6 +84,22 @@ def attend(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, count, q_norm
         OVERLAP=overlap, num_warps=4 if rows * D <= 2048 else 8, launch_pdl=overlap,
     )  # fmt: skip
     return y
+
+
+def embed(tokens: Tensor, weight: Tensor, start: int, scale: float, pos: Tensor, inv_freq: list[Tensor],
+          factors: list[float]) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The operator hotloop::embed: `embed_reference` in one kernel; one or two inv_freq."""
+    tokens, pos = tokens.contiguous(), pos.contiguous()
+    (n, C), R, H = weight.shape, len(inv_freq), inv_freq[0].shape[0]
+    x = weight.new_empty(*tokens.shape, C)
+    angles = torch.empty(R, 2, *pos.shape, 1, H, device=weight.device)
+    M, P, parts, overlap = tokens.numel(), pos.numel(), -(-C // EMBED_BLOCK), overlaps(weight.device)
+    triton_programs().embed[max(M, P), parts + R](
+        tokens, weight, x, pos, inv_freq[0], inv_freq[-1], angles, start, n, scale, factors[0], factors[-1], M, P, C=C,
+        H=H, PARTS=parts, BLOCK=EMBED_BLOCK, BH=1 << (H - 1).bit_length(), OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=4,
+    )  # fmt: skip
+    return x, angles
 
 
 def rotated_queries(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, q_norm, k_norm, group, eps,
@@ -358,6 +389,33 @@ def triton_programs() -> SimpleNamespace:
                     tl.store(out, (acc / total[:, None]).to(y.dtype.element_ty), mask=mr[:, None])
                     tl.store(count + b * K + kv, 0)
 
+    @triton.jit
+    def embed(
+        tokens, weight, x, pos, inv_freq, inv_freq_local, angles, start, n, scale, factor, factor_local, M, P,
+        C: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Program (token, part): part of its row; beyond these, its position's angles, of one kind and of the other."""
+        m, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        wait_for_input(OVERLAP)
+        if part < PARTS:
+            if m < M:
+                i = part * BLOCK + tl.arange(0, BLOCK)
+                token = tl.load(tokens + m).to(tl.int64) - start
+                end = tl.where((token >= 0) & (token < n), C, 0)  # of other ids there is nothing here
+                row = tl.load(weight + token * C + i, mask=i < end, other=0.0)
+                factors = tl.full([BLOCK], scale, tl.float32).to(row.dtype)
+                y = row.to(tl.float32) * factors.to(tl.float32)
+                tl.store(x + m * C + i, y.to(row.dtype), mask=i < C)
+        elif m < P:
+            k, second = tl.arange(0, BH), part > PARTS
+            frequency = tl.load((inv_freq_local if second else inv_freq) + k, mask=k < H, other=0.0)
+            by = factor_local if second else factor
+            angle = tl.load(pos + m).to(tl.float32) * frequency
+            to = angles + ((part - PARTS) * 2 * P + m) * H + k
+            tl.store(to, tl.cos(angle) * by, mask=k < H)
+            tl.store(to + P * H, tl.sin(angle) * by, mask=k < H)
+
     @triton.jit(do_not_specialize=["N", "T", "S"])  # one program for all lengths
     def rotated_queries(
         qkv, cos, sin, pos, q_norm, k_norm, k_cache, v_cache, k_scale, v_scale, q, N, T, S, eps, offset,
@@ -397,4 +455,4 @@ def triton_programs() -> SimpleNamespace:
             tl.store(y, q1, mask=m)
             tl.store(y + P, q2, mask=m)
 
-    return SimpleNamespace(attend=attend, rotated_queries=rotated_queries)
+    return SimpleNamespace(embed=embed, attend=attend, rotated_queries=rotated_queries)

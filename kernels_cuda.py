@@ -274,9 +274,10 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
     plans = []
     for panels in range(1, chunks + 1):
         columns = -(-chunks // panels) * in_chunk
-        row, bank = 2 * columns if kind < 2 else columns, 32 if kind == 3 else 16
-        x = (M if kind < 2 else 2 * M) * (row + (bank - row) % 128)
-        units = (0, M * columns // 128 * 4, M * columns // 128 * 4, M * columns // 32 * 8)[kind]
+        nibbles = kind == 3 and room == 8
+        row, bank = 2 * columns if kind < 2 or nibbles else columns, (64 if nibbles else 32) if kind == 3 else 16
+        x = (M if kind < 2 or nibbles else 2 * M) * (row + (bank - row) % 128)
+        units = (0, M * columns // 128 * 4, M * columns // 128 * 4, columns if nibbles else M * columns // 32 * 8)[kind]
         parts = 2 * warps * TILE_ROWS * room * 4
         sums = warps * 128  # of squares
         sums += (PLACES * max(1, room // 2) + 1) * 128 * (split - 1)  # and what the other block sends

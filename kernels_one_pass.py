@@ -1,6 +1,5 @@
 """Kernels that pass over memory once, each beside its plain PyTorch reference; and what other kernels fuse of them.
 
-    embed               what the first layer needs: a token's row of the embedding, the angles of its position
     rms_norm, gated     what a long prompt needs between its matrix products
     dequantized         a stored weight as a matrix, for such a product
     read_sum            reads memory and does nothing else: the bandwidth that all kernels are measured against
@@ -21,9 +20,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-import kernels_overlap
-from kernels_overlap import overlaps
 
 KINDS = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
@@ -67,18 +63,6 @@ def activate(name: str, gate: Tensor) -> Tensor:
     return F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
-def embed_reference(tokens: Tensor, weight: Tensor, start: int, scale: float, pos: Tensor, inv_freq: list[Tensor],
-                    factors: list[float]) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """tokens int [B, T], weight [n, C] of ids start ... start + n - 1, pos int [b, T], inv_freq float32 [D/2] each
-    -> (x [B, T, C], their rows times scale in weight's dtype, zeros for other ids; float32 [R, 2, b, T, 1, D/2],
-    cosine and sine of pos * inv_freq, times their factor)."""
-    local, n = tokens - start, weight.shape[0]
-    x = F.embedding(local.clamp(0, n - 1), weight) * ((local >= 0) & (local < n))[..., None]
-    angles = [(pos[..., None].float() * f)[:, :, None] for f in inv_freq]
-    pairs = [torch.stack([a.cos(), a.sin()]) * factor for a, factor in zip(angles, factors, strict=True)]
-    return x * torch.tensor(scale, dtype=x.dtype), torch.stack(pairs)
-
-
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """What `rms_norm` computes, as model.RMSNorm does."""
     h = x.float()
@@ -106,25 +90,6 @@ def read_sum(x: Tensor) -> Tensor:
     out = torch.empty(READ_PROGRAMS, device=x.device)
     triton_programs().read_sum[(READ_PROGRAMS,)](x, out, x.numel(), BLOCK=READ_BLOCK, num_warps=8)
     return out
-
-
-EMBED_BLOCK = 1024  # columns a program
-
-
-def embed(tokens: Tensor, weight: Tensor, start: int, scale: float, pos: Tensor, inv_freq: list[Tensor],
-          factors: list[float]) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The operator hotloop::embed: `embed_reference` in one kernel; one or two inv_freq."""
-    tokens, pos = tokens.contiguous(), pos.contiguous()
-    (n, C), R, H = weight.shape, len(inv_freq), inv_freq[0].shape[0]
-    x = weight.new_empty(*tokens.shape, C)
-    angles = torch.empty(R, 2, *pos.shape, 1, H, device=weight.device)
-    M, P, parts, overlap = tokens.numel(), pos.numel(), -(-C // EMBED_BLOCK), overlaps(weight.device)
-    triton_programs().embed[max(M, P), parts + R](
-        tokens, weight, x, pos, inv_freq[0], inv_freq[-1], angles, start, n, scale, factors[0], factors[-1], M, P, C=C,
-        H=H, PARTS=parts, BLOCK=EMBED_BLOCK, BH=1 << (H - 1).bit_length(), OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=4,
-    )  # fmt: skip
-    return x, angles
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
@@ -173,41 +138,11 @@ def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def triton_programs() -> SimpleNamespace:
     """Import Triton and define the kernels of this file; once."""
     # Kernels look up what they use among the names of their file.
-    global tl, INTERPRETED, wait_for_input, activated, as_numbers, centered_nibbles
+    global tl, INTERPRETED, activated, as_numbers, centered_nibbles
     import triton
     import triton.language as tl
 
     INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # it knows no inline assembly
-
-    kernels_overlap.triton_programs()  # which defines what is imported here
-    from kernels_overlap import wait_for_input
-
-    @triton.jit
-    def embed(
-        tokens, weight, x, pos, inv_freq, inv_freq_local, angles, start, n, scale, factor, factor_local, M, P,
-        C: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr,
-        OVERLAP: tl.constexpr,
-    ):  # fmt: skip
-        """Program (token, part): part of its row; beyond these, its position's angles, of one kind and of the other."""
-        m, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        wait_for_input(OVERLAP)
-        if part < PARTS:
-            if m < M:
-                i = part * BLOCK + tl.arange(0, BLOCK)
-                token = tl.load(tokens + m).to(tl.int64) - start
-                end = tl.where((token >= 0) & (token < n), C, 0)  # of other ids there is nothing here
-                row = tl.load(weight + token * C + i, mask=i < end, other=0.0)
-                factors = tl.full([BLOCK], scale, tl.float32).to(row.dtype)
-                y = row.to(tl.float32) * factors.to(tl.float32)
-                tl.store(x + m * C + i, y.to(row.dtype), mask=i < C)
-        elif m < P:
-            k, second = tl.arange(0, BH), part > PARTS
-            frequency = tl.load((inv_freq_local if second else inv_freq) + k, mask=k < H, other=0.0)
-            by = factor_local if second else factor
-            angle = tl.load(pos + m).to(tl.float32) * frequency
-            to = angles + ((part - PARTS) * 2 * P + m) * H + k
-            tl.store(to, tl.cos(angle) * by, mask=k < H)
-            tl.store(to + P * H, tl.sin(angle) * by, mask=k < H)
 
     @triton.jit
     def read_sum(x, out, n, BLOCK: tl.constexpr):
@@ -317,4 +252,4 @@ def triton_programs() -> SimpleNamespace:
             v = as_numbers(q, dtype, KIND, TRICKS).to(tl.float32) * tl.load(scale + row)
             tl.store(y + row * K + i, v.to(dtype), mask=i < K)
 
-    return SimpleNamespace(embed=embed, read_sum=read_sum, rms_norm=rms_norm, gated=gated, dequantized=dequantized)
+    return SimpleNamespace(read_sum=read_sum, rms_norm=rms_norm, gated=gated, dequantized=dequantized)

@@ -10,8 +10,9 @@
 // memory in the order that this gives; where x is too large, a panel of its columns at a time. int8 and int4 are
 // multiplied as integers, which saves turning them into floats: x becomes 15-bit integers relative to the largest of
 // its 128 neighbours (int4: 32), two digits of 8 bits, each a column of its own. fp8 becomes fp16, and so does x, relative
-// to the largest of 128; with many rows of x it becomes bf16. One last warp adds up what these warps leave for a tile of
-// 16 rows, and stores it, while they are at the next one.
+// to the largest of 128; with many rows of x it becomes bf16. So does int4: as 128 + q, which is q in bf16's bits, so that
+// x stays as it is, and each group of products has 128 plus its zero times the sum of x to lose. One last warp adds up what
+// these warps leave for a tile of 16 rows, and stores it, while they are at the next one.
 //
 // Where x has several rows, to prepare it takes each block a while. Then two neighbouring blocks (a cluster) take the same
 // rows of W, half of the columns each, and so prepare half of x; they finish tiles in turn, and send each other what the
@@ -37,14 +38,16 @@ constexpr int SHARE = CHUNK / WARPS < 128 ? CHUNK / WARPS : 128;  // bytes of a 
 constexpr int BLOCKS = CHUNK / SHARE / WARPS;      // of them in a chunk, that are a warp's
 constexpr bool FLOAT = KIND < 2;
 // fp8 as fp16 takes one instruction where bf16 takes three, but x then needs exponents, which of 8 rows cost more.
-constexpr bool FP16 = KIND == 1 && ROOM < 8, EXPONENTS = FP16 || !FLOAT;
+constexpr bool FP16 = KIND == 1 && ROOM < 8, NIBBLES = KIND == 3 && ROOM == 8;
+constexpr bool HALVES = FLOAT || NIBBLES;          // x is of 16-bit numbers, and a row of it one of 8 columns
+constexpr bool EXPONENTS = FP16 || !HALVES;
 constexpr int CHAINS = 2;                          // of products that wait for one another
-constexpr int TILES = !FLOAT && ROOM > 4 ? 2 : 1;  // of 8 columns: a row of x is two of them, if it is integers
+constexpr int TILES = !HALVES && ROOM > 4 ? 2 : 1;  // of 8 columns: a row of x is two of them, if it is integers
 constexpr int BOX = WORDS * 32;                    // bytes of WORDS scales and zeros for 8 rows of W
 constexpr int BOXES = KIND == 3 ? CHUNK * 2 / GROUP / WORDS : 0;
 constexpr int STAGE = 2 * HALF + 2 * BOXES * BOX;
 constexpr int FLIGHT = 4096 / CHUNK;               // stages that are sent for at a time: 64 KB keep its share of the bus busy
-constexpr int X_BANK = KIND == 3 ? 32 : 16;        // a pitch that spreads what a warp reads at once over all banks
+constexpr int X_BANK = NIBBLES ? 64 : KIND == 3 ? 32 : 16;  // a pitch that spreads what a warp reads at once over all banks
 constexpr int SPAN = KIND == 3 ? 32 : 128;         // columns of x that share an exponent, unless it stays bf16
 constexpr int EACH = ROOM == 1 ? 1 : ROOM / 2;     // sums of a tile that each lane finishes
 constexpr int PLACES = 4;                          // for sums that the other block of a cluster sends
@@ -52,6 +55,7 @@ constexpr int GROUPS = ROOM == 1 ? 1 : 2;          // of warps, that prepare dif
 // int4, one row of x: threads t = 0 ... 3 of a row of W have different groups, whose sums land in different columns, since
 // x is a block diagonal. int4: with few rows of x, several blocks of 32 columns get columns of their own in one accumulator.
 constexpr int PLANES = KIND != 3 ? 8 : ROOM >= 4 ? 8 : 2 * ROOM, SLOTS = 8 / PLANES, BATCHES = KIND == 3 ? SHARE / 16 / SLOTS : 1;
+constexpr bool FOURS = GROUP == 32 && SLOTS == 1;  // a thread's groups are neighbours: four scales and zeros at a time
 
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -157,6 +161,12 @@ __device__ __forceinline__ void unpack_fp8(u32 q, u32& first, u32& second) {
         first = (q & 0x80008000) | ((q >> 4) & 0x07F007F0);
         second = ((q << 8) & 0x80008000) | ((q << 4) & 0x07F007F0);
     }
+}
+// Nibbles j and 4 + j of a word, as bf16: 128 more than they are.
+__device__ __forceinline__ u32 two_nibbles(u32 word, int j) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(word >> 4 * j), "r"(0x000F000F), "r"(0x43004300));  // and, or
+    return r;
 }
 __device__ __forceinline__ u32 two_fp16(float low, float high) {
     u32 r;
@@ -368,7 +378,7 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
         if (norm) {
             const u32 weight = ((const u32*)n)[j];
             a[2 * j] *= low_bf16(weight) + offset, a[2 * j + 1] *= high_bf16(weight) + offset;
-            if (KIND == 0) raw[j] = two_bf16(a[2 * j], a[2 * j + 1]);
+            if (KIND == 0 || NIBBLES) raw[j] = two_bf16(a[2 * j], a[2 * j + 1]);
         }
     }
     if constexpr (!EXPONENTS) {
@@ -381,7 +391,17 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
                 r = make_uint4(two_bf16(b[1] * up, b[3] * up), two_bf16(b[0] * up, b[2] * up),
                                two_bf16(b[5] * up, b[7] * up), two_bf16(b[4] * up, b[6] * up));
             }
+            if (KIND == 3)  // as nibbles come out of a word: 0 and 4, 1 and 5, ...
+                r = make_uint4(__byte_perm(r.x, r.z, 0x5410), __byte_perm(r.x, r.z, 0x7632),
+                               __byte_perm(r.y, r.w, 0x5410), __byte_perm(r.y, r.w, 0x7632));
             *(uint4*)(xs + m * x_pitch + (i * PIECES + p) * 16) = r;
+        }
+        if (NIBBLES) {
+            float total = 0;
+            #pragma unroll
+            for (int j = 0; j < 4; j++) total += low_bf16(raw[j]) + high_bf16(raw[j]);
+            for (int d = 1; d < 4; d *= 2) total += __shfl_xor_sync(~0u, total, d);
+            if (i % 4 == 0) units[i / 4 * 8 + m] = total;
         }
     } else {
         constexpr int LANES = SPAN / 8 / PIECES;  // that share an exponent
@@ -446,12 +466,12 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
     const int part = SPLIT > 1 ? blockIdx.x % SPLIT : 0, own = (K / UNIT + SPLIT - 1) / SPLIT * UNIT, begin = part * own;
     const int chunks = (own / PER_128 * 128 + CHUNK - 1) / CHUNK, a_panel = (chunks + panels - 1) / panels;
     const int columns = a_panel * (CHUNK / 128 * PER_128), spans = columns / SPAN;
-    const int x_bytes = FLOAT ? 2 * columns : columns, x_pitch = x_bytes + ((X_BANK - x_bytes) & 127);
+    const int x_bytes = HALVES ? 2 * columns : columns, x_pitch = x_bytes + ((X_BANK - x_bytes) & 127);
     const bool pairs = activation != 0;                                                  // rows of gate, and of up
     const int step = pairs ? ROWS / 2 : ROWS;
     u8* xs = shared + stages * STAGE;
-    float* units = (float*)(xs + (FLOAT ? M : 2 * M) * x_pitch);
-    float* parts = units + (EXPONENTS ? M * spans * (KIND == 3 ? 2 : 1) : 0);           // [2][WARPS][ROWS][ROOM]
+    float* units = (float*)(xs + (HALVES ? M : 2 * M) * x_pitch);                        // or sums of x: [spans][8]
+    float* parts = units + (NIBBLES ? 8 * spans : EXPONENTS ? M * spans * (KIND == 3 ? 2 : 1) : 0);  // [2][WARPS][ROWS][ROOM]
     float* squares = parts + 2 * WARPS * ROWS * ROOM;                                    // [ROOM][WARPS * 32 / ROOM]
     float* from_other = squares + WARPS * 32;                                            // [PLACES][EACH][32], and squares
     float* totals = from_other + (SPLIT > 1 ? 32 * (PLACES * EACH + 1) : 0);             // [tiles][ROWS][ROOM]
@@ -496,7 +516,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
         }
     };
 
-    const bool mine[2] = {g % PLANES < (FLOAT ? M : 2 * M), TILES == 2 && g + 8 < 2 * M};  // columns that exist
+    const bool mine[2] = {g % PLANES < (HALVES ? M : 2 * M), TILES == 2 && g + 8 < 2 * M};  // columns that exist
     int turn = 0;
     for (int panel = 0; panel < panels; panel++) {
         if (panel) consumers_meet();  // done with the panel before
@@ -569,8 +589,14 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                             const int slot = ROOM == 1 ? 2 * t + j : j * SLOTS + t / (PLANES / 2);
                             const int group = (byte / 16 + slot) * 32 / GROUP;
                             const u8* ss = stage + 2 * HALF + group / WORDS * BOX + g * (WORDS * 4) +
-                                           (group % WORDS / 4 ^ g * WORDS / 32) * 16 + group % 4 * 4;
-                            s[i][j][0] = *(const u32*)ss, s[i][j][1] = *(const u32*)(ss + BOXES * BOX);
+                                           (group % WORDS / 4 ^ g * WORDS / 32) * 16;
+                            #pragma unroll
+                            for (int h = 0; h < 2; h++)
+                                if (!FOURS) s[i][j][h] = *(const u32*)(ss + h * BOXES * BOX + group % 4 * 4);
+                                else if (j % 4 == 0) {
+                                    const uint4 four = *(const uint4*)(ss + h * BOXES * BOX);
+                                    s[i][j][h] = four.x, s[i][j + 1][h] = four.y, s[i][j + 2][h] = four.z, s[i][j + 3][h] = four.w;
+                                }
                         }
                     if constexpr (KIND == 3 && ROOM > 1) {
                         u32* words = (u32*)w[i];
@@ -611,7 +637,26 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                             sum[0][0] += fp16(s_lo) * (d_lo * unit.x - fp16(s_lo >> 16) * unit.y);
                             sum[0][1] += fp16(s_hi) * (d_hi * unit.x - fp16(s_hi >> 16) * unit.y);
                         }
-                    else if constexpr (KIND == 3) {
+                    else if constexpr (NIBBLES) {
+                        const u32* words = (const u32*)w[i];
+                        #pragma unroll
+                        for (int b = 0; b < BATCHES; b++) {
+                            uint4 v = make_uint4(0, 0, 0, 0);
+                            if (mine[0]) v = *(const uint4*)(xs + g * x_pitch + 4 * (at + 16 * b + 4 * t));
+                            const u32 lo = words[2 * b], hi = words[2 * b + 1], s_lo = s[i][b][0], s_hi = s[i][b][1];
+                            float dot[4] = {};
+                            mma(dot, two_nibbles(lo, 0), two_nibbles(hi, 0), two_nibbles(lo, 1), two_nibbles(hi, 1), v.x, v.y);
+                            mma(dot, two_nibbles(lo, 2), two_nibbles(hi, 2), two_nibbles(lo, 3), two_nibbles(hi, 3), v.z, v.w);
+                            const float2 total = *(const float2*)(units + (at / 16 + b) * 8 + 2 * t);
+                            const float scales[2] = {fp16(s_lo), fp16(s_hi)};
+                            const float zeros[2] = {-128 - fp16(s_lo >> 16), -128 - fp16(s_hi >> 16)};
+                            #pragma unroll
+                            for (int j = 0; j < 4; j++) {
+                                c[0][j] = fmaf(scales[j / 2], dot[j], c[0][j]);
+                                c[0][j] = fmaf(scales[j / 2] * zeros[j / 2], j % 2 ? total.y : total.x, c[0][j]);
+                            }
+                        }
+                    } else if constexpr (KIND == 3) {
                         const u32* words = (const u32*)w[i];
                         #pragma unroll
                         for (int b = 0; b < BATCHES; b++) {
@@ -705,7 +750,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
             // Warps took different columns: their sums meet in shared memory, in two places in turn.
             wait_for(summed + 16 + turn % 2 * 8, turn / 2 % 2 ^ 1);
             float* sums_here = parts + (turn % 2 * WARPS + warp) * ROWS * ROOM;
-            if constexpr (FLOAT) {
+            if constexpr (HALVES) {
                 for (int j = 0; j < 2; j++)
                     if (2 * t + j < ROOM) {
                         float lo = 0, hi = 0;
