@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model
-from generate import compile_decode, fill, generate, warm_up, weight_bytes
+from generate import compile_decode, fill, generate, make_speculation, warm_up, weight_bytes
 from graphs import graph_slots
 from machine import seconds, synchronize
 from model import Transformer
@@ -85,7 +85,7 @@ def measure_speculation(
     settings = (prompt_tokens, new_tokens, batch, temperature, top_k, compile, runs)
     plain = measure(model, *settings)
     sampler = Sampler(temperature, top_k) if acceptance is None else CoinSampler(acceptance, temperature, top_k)
-    how = Speculation(fill, graph_slots, k, draft, compile)
+    how = make_speculation(k, draft, compile)
     how.setup_caches(batch, prompt_tokens + new_tokens + MAX_K)
     took, stats = [], []
     ours = measure(model, *settings, sampler=sampler, speculation=how,
@@ -144,7 +144,7 @@ def measure_bundled_pair(device: torch.device, prompts: int = 16, new_tokens: in
         recipe = make_recipe("int8") if source == DEMO else None
         draft = source and load_model(source, device, torch.bfloat16, recipe)
         for k in (4, "auto"):
-            how = Speculation(fill, graph_slots, k, draft, compile=True)
+            how = make_speculation(k, draft, compile=True)
             how.setup_caches(1, 300 + MAX_K)
             begin, steps = time.perf_counter(), {**plain, "speculation": how}
             for _ in how.every_depth():

@@ -12,6 +12,7 @@ Sources: gpt-fast (the loop as one page).
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -185,6 +186,12 @@ def fill(model: Transformer, prompts: Sequence[Sequence[int]], start: int = 0, p
         slots = model.slots[:0] if first else slots_for(model, int(pos.max()) + 1)
         logits = prefill(model, chunk.to(device), pos.to(device), slots)
     return logits
+
+
+def make_speculation(k: int | str, draft: Transformer | None, compile: bool) -> Speculation:
+    """A Speculation whose draft reads the prompt as `fill` does; compiled, by graphs of its own, as the model itself."""
+    read = functools.partial(fill, prefill=compile_prefill(draft)) if compile and draft is not None else fill
+    return Speculation(read, graph_slots, k, draft, compile)
 
 
 def check_lengths(shortest: int, longest: int, max_new_tokens: int, limit: int) -> None:
@@ -471,7 +478,7 @@ def main(
         sampler.shard(model)
     else:
         proposer = load_draft(model, directory, draft_checkpoint_path, draft, quant, dtype, context, kv)
-        steps["speculation"] = Speculation(fill, graph_slots, k, proposer, compile)
+        steps["speculation"] = make_speculation(k, proposer, compile)
         steps["speculation"].setup_caches(1, context + steps["speculation"].max_k, kv_dtype)
     model.setup_caches(1, context + (steps["speculation"].max_k if steps else 0), kv_dtype)
     load_s, compile_s = time.perf_counter() - begin, None
