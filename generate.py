@@ -189,7 +189,7 @@ def fill(model: Transformer, prompts: Sequence[Sequence[int]], start: int = 0, p
 
 
 def make_speculation(k: int | str, draft: Transformer | None, compile: bool) -> Speculation:
-    """A Speculation whose draft reads the prompt as `fill` does; compiled, by graphs of its own, as the model itself."""
+    """A Speculation whose draft reads prompts as the model does: compiled, by graphs of its own."""
     read = functools.partial(fill, prefill=compile_prefill(draft)) if compile and draft is not None else fill
     return Speculation(read, graph_slots, k, draft, compile)
 

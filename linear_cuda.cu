@@ -10,9 +10,9 @@
 // memory in the order that this gives; where x is too large, a panel of its columns at a time. int8 and int4 are
 // multiplied as integers, which saves turning them into floats: x becomes 15-bit integers relative to the largest of
 // its 128 neighbours (int4: 32), two digits of 8 bits, each a column of its own. fp8 becomes fp16, and so does x, relative
-// to the largest of 128; with many rows of x it becomes bf16. So does int4: as 128 + q, which is q in bf16's bits, so that
-// x stays as it is, and each group of products has 128 plus its zero times the sum of x to lose. One last warp adds up what
-// these warps leave for a tile of 16 rows, and stores it, while they are at the next one.
+// to the largest of 128. With many rows of x, int4 becomes bf16: 128 + q, whose last bits q is, so that x stays as it is,
+// and what is too much in a group's products is the sum of x times 128 plus its zero. One last warp adds up what these
+// warps leave for a tile of 16 rows, and stores it, while they are at the next one.
 //
 // Where x has several rows, to prepare it takes each block a while. Then two neighbouring blocks (a cluster) take the same
 // rows of W, half of the columns each, and so prepare half of x; they finish tiles in turn, and send each other what the
@@ -36,11 +36,9 @@ constexpr int THREADS = WARPS * 32;                // that multiply; one more wa
 constexpr int ROWS = 16, HALF = 8 * CHUNK;         // rows of W in a stage, and bytes of eight of them
 constexpr int SHARE = CHUNK / WARPS < 128 ? CHUNK / WARPS : 128;  // bytes of a row that a warp multiplies at a time: 64 or 128
 constexpr int BLOCKS = CHUNK / SHARE / WARPS;      // of them in a chunk, that are a warp's
-constexpr bool FLOAT = KIND < 2;
-// fp8 as fp16 takes one instruction where bf16 takes three, but x then needs exponents, which of 8 rows cost more.
-constexpr bool FP16 = KIND == 1 && ROOM < 8, NIBBLES = KIND == 3 && ROOM == 8;
-constexpr bool HALVES = FLOAT || NIBBLES;          // x is of 16-bit numbers, and a row of it one of 8 columns
-constexpr bool EXPONENTS = FP16 || !HALVES;
+constexpr bool NIBBLES = KIND == 3 && ROOM == 8;   // int4 as bf16
+constexpr bool HALVES = KIND < 2 || NIBBLES;       // x is of 16-bit numbers, and a row of it one of 8 columns
+constexpr bool EXPONENTS = KIND > 0 && !NIBBLES;   // x is relative to the largest of SPAN
 constexpr int CHAINS = 2;                          // of products that wait for one another
 constexpr int TILES = !HALVES && ROOM > 4 ? 2 : 1;  // of 8 columns: a row of x is two of them, if it is integers
 constexpr int BOX = WORDS * 32;                    // bytes of WORDS scales and zeros for 8 rows of W
@@ -145,22 +143,15 @@ __device__ __forceinline__ void mma(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 
             : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void mma_fp8(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    if (!FP16) return mma(c, a0, a1, a2, a3, b0, b1);
+__device__ __forceinline__ void mma_fp16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Four e4m3 as two pairs: fp16 of bytes (0, 1) and (2, 3); or bf16 of bytes (1, 3) and (0, 2), times 2^-120, their bits
-// moved to bf16's places.
+// Four e4m3 as two pairs of fp16: bytes (0, 1) and (2, 3).
 __device__ __forceinline__ void unpack_fp8(u32 q, u32& first, u32& second) {
-    if (FP16) {
-        asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
-            : "=r"(first), "=r"(second) : "r"(q));
-    } else {
-        first = (q & 0x80008000) | ((q >> 4) & 0x07F007F0);
-        second = ((q << 8) & 0x80008000) | ((q << 4) & 0x07F007F0);
-    }
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+        : "=r"(first), "=r"(second) : "r"(q));
 }
 // Nibbles j and 4 + j of a word, as bf16: 128 more than they are.
 __device__ __forceinline__ u32 two_nibbles(u32 word, int j) {
@@ -287,7 +278,6 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
         for (int j = 0; j < EACH; j++) {
             const int m = m0 + j;
             float value = values[j];
-            if (KIND == 1 && !FP16) value *= 1152921504606846976.0f;
             value = value * (s * __shfl_sync(~0u, inv, m * (32 / ROOM))) + low_bf16(b);
             const float up = __shfl_down_sync(~0u, value, ROOM == 1 ? 8 : 16);
             if (pairs) value = activated(value, activation) * up;
@@ -378,19 +368,13 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
         if (norm) {
             const u32 weight = ((const u32*)n)[j];
             a[2 * j] *= low_bf16(weight) + offset, a[2 * j + 1] *= high_bf16(weight) + offset;
-            if (KIND == 0 || NIBBLES) raw[j] = two_bf16(a[2 * j], a[2 * j + 1]);
+            if (HALVES) raw[j] = two_bf16(a[2 * j], a[2 * j + 1]);
         }
     }
     if constexpr (!EXPONENTS) {
         #pragma unroll
         for (int p = 0; p < PIECES; p++) {
-            const float* b = a + 8 * p;
             uint4 r = make_uint4(raw[4 * p], raw[4 * p + 1], raw[4 * p + 2], raw[4 * p + 3]);
-            if (KIND == 1) {
-                constexpr float up = 1152921504606846976.0f;  // 2^60, and again at the end: away from subnormals
-                r = make_uint4(two_bf16(b[1] * up, b[3] * up), two_bf16(b[0] * up, b[2] * up),
-                               two_bf16(b[5] * up, b[7] * up), two_bf16(b[4] * up, b[6] * up));
-            }
             if (KIND == 3)  // as nibbles come out of a word: 0 and 4, 1 and 5, ...
                 r = make_uint4(__byte_perm(r.x, r.z, 0x5410), __byte_perm(r.x, r.z, 0x7632),
                                __byte_perm(r.y, r.w, 0x5410), __byte_perm(r.y, r.w, 0x7632));
@@ -713,7 +697,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                                 for (int j = 0; j < 4; j++) {
                                     u32 l[2], h[2];
                                     unpack_fp8(lows[j], l[0], l[1]), unpack_fp8(highs[j], h[0], h[1]);
-                                    mma_fp8(partial[j % CHAINS], l[0], h[0], l[1], h[1], b[2 * j], b[2 * j + 1]);
+                                    mma_fp16(partial[j % CHAINS], l[0], h[0], l[1], h[1], b[2 * j], b[2 * j + 1]);
                                 }
                             } else {
                                 #pragma unroll
@@ -728,7 +712,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                         if constexpr (KIND == 1) {
                             #pragma unroll
                             for (int j = 0; j < 4; j++) {
-                                const float unit = FP16 ? units[min(2 * t + j % 2, M - 1) * spans + at / 128] : 1;
+                                const float unit = units[min(2 * t + j % 2, M - 1) * spans + at / 128];
                                 for (int n = 0; n < CHAINS; n++) c[n][j] += partial[n][j] * unit;
                             }
                         } else if constexpr (KIND == 2) {

@@ -29,6 +29,7 @@ from generate import (  # noqa: E402
     warm_up,
 )
 from model import QUERY_BLOCK, from_fp8, pick_kv_dtype, to_fp8  # noqa: E402
+from sampling import exponential  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -629,6 +630,20 @@ def test_compiled_sampling_draws_from_the_distribution(tiny, compiled):
     torch.manual_seed(0)
     again = columns(generate(model, [prompt] * batch, 2, sampler, **steps)).T
     assert torch.equal(again[0], first) and torch.equal(again[1], second)
+
+
+def test_noise_is_exponential_and_ever_new():
+    clock = torch.tensor([[3], [4], [1 << 61]])  # two steps of a row, and another row
+    noise = exponential(clock, 200_000)
+    assert noise.dtype == torch.float32 and torch.equal(noise, exponential(clock, 200_000))
+    parts = (50 * (1 - noise.double().neg().exp())).long().clamp(max=49)  # equally likely ones
+    for row in parts:
+        assert chi_square_is_plausible(torch.bincount(row, minlength=50), torch.full((50,), 0.02))
+    assert (torch.corrcoef(noise) - torch.eye(3)).abs().max() < 0.01
+    assert torch.corrcoef(torch.stack([noise[0, 1:], noise[0, :-1]]))[0, 1].abs() < 0.01
+    # What is drawn once in a million is small noise, of which there must be neither too much nor too little.
+    small = sum(int((exponential(clock + 10 * i, 200_000) < 1e-5).sum()) for i in range(100))
+    assert abs(small - 600) < 150
 
 
 def test_compiled_sampling_draws_what_eager_code_draws(tiny, compiled):

@@ -369,6 +369,17 @@ else:
                 expected = plain(tokens[:, a:b], pos[:, a:b])
                 assert relative(fused(tokens[:, a:b], pos[:, a:b]), expected) < 5e-6
 
+    def test_inductor_knows_what_follows_the_head():
+        from torch._inductor.lowering import lowerings
+
+        args = m.ModelArgs(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=32, vocab_size=9,
+                           max_seq_len=32)  # fmt: skip
+        model = m.Transformer(args).to(DEVICE).requires_grad_(False)
+        kernels.fuse(model)
+        lowerings.pop(torch.ops.hotloop.top_k.default, None)
+        torch.compile(model.forward, backend="eager")(torch.zeros(1, 1, dtype=torch.int64, device=DEVICE))
+        assert torch.ops.hotloop.top_k.default in lowerings
+
     @pytest.mark.parametrize("family", [{}, dict(qk_norm=True, sliding_window=20), dict(
         post_norms=True, attn_softcap=5.0, norm_offset=1.0, activation="gelu_tanh")], ids=str)  # fmt: skip
     @pytest.mark.parametrize("kv_dtype", [None, "fp8"])

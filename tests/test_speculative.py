@@ -395,6 +395,22 @@ def test_chat_turns_reuse_both_caches(tiny):
     assert len(fed) == 6 and all(n < 80 for (n,) in fed[1:])  # only what is new
 
 
+def test_a_compiled_draft_reads_the_prompt_by_graphs_of_its_own(tiny, monkeypatch):
+    """On a GPU compile_prefill makes graphs; an eager pass of 32 layers takes as long as ten steps."""
+    model, draft, read = tiny(), tiny(), []
+
+    def compile_prefill(which):
+        return lambda model, *args: read.append((which, model)) or program.prefill(model, *args)
+
+    monkeypatch.setattr(program, "compile_prefill", compile_prefill)
+    how = program.make_speculation(2, draft, compile=True)
+    how.draft_step, how.verify_step = speculative.draft_one_token, speculative.verify_proposal
+    how.setup_caches(1, 40)
+    ours = columns(generate(model, [tokens(9)], 12, Sampler(), speculation=how))
+    assert torch.equal(ours, columns(generate(tiny(), [tokens(9)], 12)))
+    assert len(read) == 1 and read[0][0] is read[0][1] is draft
+
+
 def test_a_cache_made_anew_is_filled_anew(tiny):
     model, how = tiny(), speculation(4, tiny())
     for length in (10, 200, 700, 5):
