@@ -8,6 +8,7 @@ benchmark.py's part for `--draft`, `--draft_shape` and `--speculation`; it passe
 Sources: speculative.py's.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -148,7 +149,8 @@ def measure_bundled_pair(device: torch.device, prompts: int = 16, new_tokens: in
             how.setup_caches(1, 300 + MAX_K)
             begin, steps = time.perf_counter(), {**plain, "speculation": how}
             for _ in how.every_depth():
-                warm_up(model, lambda p, n, steps=steps, **kw: generate(model, p, n, sampler, **steps, **kw), 300)
+                run = functools.partial(generate, model, sample=sampler, **steps)
+                warm_up(model, run, 300, [200])
             compile_s, took, stats = time.perf_counter() - begin, [], []
             for prompt in ids:
                 took.append((decode_seconds(prompt, **plain), decode_seconds(prompt, **steps)))

@@ -4,15 +4,16 @@
                 with RMSNorm before it and bias, gate or residual add after it in the same kernel
     attend      a few new tokens a row: RoPE, the write to the KV cache, and attention split over the context
     top_k       the k largest of each row of logits, sorted, with their ids
+    embed       what the first layer takes: tokens' rows of the embedding, and the angles of their positions
     rms_norm, gated, rotated_queries, dequantized
                 what a long prompt needs between its matrix products, each in one pass over memory
     read_sum    reads memory and does nothing else: the bandwidth that all of this is measured against
 
-`fuse(model)` swaps modules that use them into a model's five seams. The kernels are in files by job, each beside its
-plain PyTorch reference: kernels_linear.py, kernels_attend.py, kernels_one_pass.py and kernels_top_k.py in Triton, some
-of them again, for GPUs since Hopper, in kernels_cuda.py. Triton is imported when a kernel is first wanted, so that a
-machine without it can import these files; there, and on a CPU, the references run. Under TRITON_INTERPRET=1 the kernels
-run on the CPU, for tests.
+`fuse(model)` swaps modules that use them into the five seams of a model's layers, and makes the model one of a class
+with `FusedEnds`. The kernels are in files by job, each beside its plain PyTorch reference: kernels_linear.py,
+kernels_attend.py, kernels_one_pass.py and kernels_top_k.py in Triton, some of them again, for GPUs since Hopper, in
+kernels_cuda.py. Triton is imported when a kernel is first wanted, so that a machine without it can import these files;
+there, and on a CPU, the references run. Under TRITON_INTERPRET=1 the kernels run on the CPU, for tests.
 
 Try it:  TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py
 
@@ -178,10 +179,11 @@ _registered._dynamo_marked_constant = True  # as have_triton
 
 
 def _known_to_inductor() -> bool:
-    """Tell Inductor of the operators that follow the head: how it would handle them when it first meets one.
+    """Tell Inductor to call the operators that follow the head, with tensors of any strides.
 
-    PyTorch 2.11 then also prints, for a log, what the operator's input was computed from, what that was computed from,
-    and so on: of operators alone, each of which takes x twice, that doubles with every layer.
+    It would find out when it first meets one. But PyTorch 2.11 then also prints, for a log, what the operator's input
+    was computed from, what that was computed from, and so on: of operators alone, each of which takes x twice, that
+    doubles with every layer.
     """
     from torch._inductor.lowering import lowerings, make_fallback
 
@@ -351,7 +353,8 @@ class FusedEnds:
 
 
 def fuse(model: nn.Module) -> None:
-    """Swap the kernels' modules into the five seams of every layer, and into the head, of a model on a GPU.
+    """Swap the kernels' modules into the five seams of every layer, and what comes before and after them, of a model on
+    a GPU, whose class changes too.
 
     Where Triton or a new enough GPU is missing, or a layer has something the kernels lack (a norm on the branch,
     experts), the plain modules stay. Parameters are shared, and so state dict names do not change.

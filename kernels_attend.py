@@ -32,7 +32,7 @@ ATTEND_ROWS = 64  # new tokens times query heads a kv head, at most
 def embed_reference(tokens: Tensor, weight: Tensor, start: int, scale: float, pos: Tensor, inv_freq: list[Tensor],
                     factors: list[float]) -> tuple[Tensor, Tensor]:  # fmt: skip
     """tokens int [B, T], weight [n, C] of ids start ... start + n - 1, pos int [b, T], inv_freq float32 [D/2] each
-    -> (x [B, T, C], their rows times scale in weight's dtype, zeros for other ids; float32 [R, 2, b, T, 1, D/2],
+    -> (x [B, T, C], their rows times scale in weight's dtype, zeros for all other ids; float32 [R, 2, b, T, 1, D/2],
     cosine and sine of pos * inv_freq, times their factor)."""
     local, n = tokens - start, weight.shape[0]
     x = F.embedding(local.clamp(0, n - 1), weight) * ((local >= 0) & (local < n))[..., None]
@@ -389,7 +389,7 @@ def triton_programs() -> SimpleNamespace:
                     tl.store(out, (acc / total[:, None]).to(y.dtype.element_ty), mask=mr[:, None])
                     tl.store(count + b * K + kv, 0)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["M", "P"])  # one program for all lengths
     def embed(
         tokens, weight, x, pos, inv_freq, inv_freq_local, angles, start, n, scale, factor, factor_local, M, P,
         C: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr,

@@ -76,7 +76,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
 
     Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative to the largest of 128 columns, or of 32;
     fp8 ones as fp16, relative to the largest of 128; int4 ones, of more than 4 rows, as the bf16 that it is, below
-    2^120. Of a row of x that is not finite, where it is relative to the largest, all results are nan. x may still be on
+    2^115. Of a row of x that is not finite, where it is relative to the largest, all results are nan. x may still be on
     its way from the kernel before this one. Raises RuntimeError where the driver or the compiler reports an error.
     """
     K = x.shape[-1]

@@ -51,7 +51,7 @@ constexpr int EACH = ROOM == 1 ? 1 : ROOM / 2;     // sums of a tile that each l
 constexpr int PLACES = 4;                          // for sums that the other block of a cluster sends
 constexpr int GROUPS = ROOM == 1 ? 1 : 2;          // of warps, that prepare different rows of x
 // int4, one row of x: threads t = 0 ... 3 of a row of W have different groups, whose sums land in different columns, since
-// x is a block diagonal. int4: with few rows of x, several blocks of 32 columns get columns of their own in one accumulator.
+// x is a block diagonal. int4, two rows: two blocks of 32 columns get columns of their own in one accumulator.
 constexpr int PLANES = KIND != 3 ? 8 : ROOM >= 4 ? 8 : 2 * ROOM, SLOTS = 8 / PLANES, BATCHES = KIND == 3 ? SHARE / 16 / SLOTS : 1;
 constexpr bool FOURS = GROUP == 32 && SLOTS == 1;  // a thread's groups are neighbours: four scales and zeros at a time
 
@@ -645,33 +645,23 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                         #pragma unroll
                         for (int b = 0; b < BATCHES; b++) {
                             const int j0 = b * SLOTS;
-                            int dot[TILES][4] = {};
-                            uint2 v[TILES];
-                            #pragma unroll
-                            for (int o = 0; o < TILES; o++) {
-                                v[o] = make_uint2(0, 0);
-                                const int byte = 2 * (at + 16 * (j0 + g / PLANES) + 4 * t);
-                                if (mine[o]) v[o] = *(const uint2*)(xs + (g % PLANES + 8 * o) * x_pitch + byte);
-                            }
+                            int dot[4] = {};
+                            uint2 v = make_uint2(0, 0);
+                            const int byte = 2 * (at + 16 * (j0 + g / PLANES) + 4 * t);
+                            if (mine[0]) v = *(const uint2*)(xs + g % PLANES * x_pitch + byte);
                             #pragma unroll
                             for (int j = 0; j < SLOTS; j++) {
                                 const u32 lo = words[2 * (j0 + j)], hi = words[2 * (j0 + j) + 1];
                                 const bool here = g / PLANES == j;
-                                #pragma unroll
-                                for (int o = 0; o < TILES; o++)
-                                    mma(dot[o], lo & 0x0F0F0F0F, hi & 0x0F0F0F0F, (lo >> 4) & 0x0F0F0F0F,
-                                        (hi >> 4) & 0x0F0F0F0F, here ? v[o].x : 0, here ? v[o].y : 0);
+                                mma(dot, lo & 0x0F0F0F0F, hi & 0x0F0F0F0F, (lo >> 4) & 0x0F0F0F0F,
+                                    (hi >> 4) & 0x0F0F0F0F, here ? v.x : 0, here ? v.y : 0);
                             }
                             const int slot = j0 + t / (PLANES / 2);
                             const u32 s_lo = s[i][b][0], s_hi = s[i][b][1];
-                            #pragma unroll
-                            for (int o = 0; o < TILES; o++) {
-                                const int m = min(t % (PLANES / 2) + 4 * o, M - 1);
-                                const float2 unit = ((const float2*)units)[m * spans + at / 16 + slot];
-                                const float d_lo = dot[o][0] + (dot[o][1] << 8), d_hi = dot[o][2] + (dot[o][3] << 8);
-                                sum[o][0] += fp16(s_lo) * (d_lo * unit.x - fp16(s_lo >> 16) * unit.y);
-                                sum[o][1] += fp16(s_hi) * (d_hi * unit.x - fp16(s_hi >> 16) * unit.y);
-                            }
+                            const float2 unit = ((const float2*)units)[min(t % (PLANES / 2), M - 1) * spans + at / 16 + slot];
+                            const float d_lo = dot[0] + (dot[1] << 8), d_hi = dot[2] + (dot[3] << 8);
+                            sum[0][0] += fp16(s_lo) * (d_lo * unit.x - fp16(s_lo >> 16) * unit.y);
+                            sum[0][1] += fp16(s_hi) * (d_hi * unit.x - fp16(s_hi >> 16) * unit.y);
                         }
                     } else {
                         int whole[TILES][4] = {};

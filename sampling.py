@@ -64,8 +64,8 @@ def sample(
 ) -> Tensor:
     """Logits [B, V] -> token ids int64 [B, 1]; probabilities in float32, no host synchronisation.
 
-    temperature 0 is argmax; the filters are those of `filtered`. noise: exponential, float32 [B, V], where it must not
-    be drawn here.
+    temperature 0 is argmax; the filters are those of `filtered`. noise: exponential, float32 [B, V], or of as many
+    columns as filters leave, where it must not be drawn here.
     """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -83,7 +83,8 @@ def race(weights: Tensor, noise: Tensor | None = None) -> Tensor:
 
 
 def exponential(clock: Tensor, n: int) -> Tensor:
-    """Exponential noise, float32 [B, n], that is a function of clock, int64 [B, 1]: SplitMix64 in counter mode.
+    """Exponential noise, float32 [B, n], n up to 2^20, that is a function of clock, int64 [B, 1], of which the last 44
+    bits count: SplitMix64 in counter mode.
 
     Of a generator a CUDA graph has to be told before each replay, and no compiler makes its kernel part of another.
     """
@@ -91,8 +92,10 @@ def exponential(clock: Tensor, n: int) -> Tensor:
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
     z = z ^ (z >> 31 & (1 << 33) - 1)
-    # Uniform numbers have all of float32's precision near 0, so that rare tokens are drawn as often as they should.
-    return -torch.log1p(-((z >> 11 & (1 << 53) - 1).float() * 2.0**-53))
+    # Uniform numbers have all of float32's precision near 0, so that rare tokens are drawn as often as they should; and
+    # are below 1, so that no noise is infinite: of weights that are 0 but for one the race would be a tie.
+    uniform = ((z >> 11 & (1 << 53) - 1).float() * 2.0**-53).clamp_max(1 - 2.0**-24)
+    return -torch.log1p(-uniform)
 
 
 class Sampler(nn.Module):
@@ -113,7 +116,7 @@ class Sampler(nn.Module):
         self.top_p = None if top_p == 1 else top_p
         self.penalty = repetition_penalty
         self.register_buffer("seen", None, persistent=False)  # bool [B, V]
-        self.register_buffer("clock", None, persistent=False)  # int64 [B, 1]
+        self.register_buffer("clock", None, persistent=False)  # int64 [B or more, 1]
         self.part: tp.ShardedLogits | None = None
         self.same_noise = False  # whether all ranks draw the same numbers, and so need no part
 
@@ -125,10 +128,10 @@ class Sampler(nn.Module):
     def reset(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
         """Start a generation: the prompts' tokens count as seen, and noise is that of PyTorch's seed."""
         if self.temperature > 0 and self.part is None:
-            clock = torch.randint(1 << 62, (len(prompts), 1), device=device)
-            if self.clock is None or self.clock.shape != clock.shape:
+            clock = torch.randint(1 << 62, (len(prompts), 1)).to(device)  # from the CPU's generator, on all devices
+            if self.clock is None or len(self.clock) < len(clock):
                 self.clock = clock
-            self.clock.copy_(clock)  # in place: a captured graph reads this memory
+            self.clock[: len(clock)] = clock  # in place: a captured graph reads this memory
         if self.penalty == 1:
             return
         if self.seen is None or self.seen.shape[0] != len(prompts):
@@ -150,10 +153,11 @@ class Sampler(nn.Module):
             logits = self.penalized(logits, seen)
         rule = (self.temperature, self.top_k, self.top_p, self.min_p)
         if self.part is None:
-            V, drawn = logits.shape[-1], self.temperature > 0 and self.clock is not None
-            token = sample(logits, *rule, exponential(self.clock, min(self.top_k or V, V)) if drawn else None)
-            if drawn:
-                self.clock.add_(token >= 0)  # always 1; what depends on the token is part of the kernel that finds it
+            (B, V), clock = logits.shape, self.clock if self.temperature > 0 else None
+            clock = clock if clock is None or len(clock) == B else clock[:B]  # where it is whole, nothing to scatter
+            token = sample(logits, *rule, None if clock is None else exponential(clock, min(self.top_k or V, V)))
+            if clock is not None:
+                clock.add_(token >= 0)  # always 1; what depends on the token is part of the kernel that finds it
         else:
             token = tp.sample_shard(
                 lambda values, noise: sample(values, *rule, noise),

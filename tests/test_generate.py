@@ -641,9 +641,25 @@ def test_noise_is_exponential_and_ever_new():
         assert chi_square_is_plausible(torch.bincount(row, minlength=50), torch.full((50,), 0.02))
     assert (torch.corrcoef(noise) - torch.eye(3)).abs().max() < 0.01
     assert torch.corrcoef(torch.stack([noise[0, 1:], noise[0, :-1]]))[0, 1].abs() < 0.01
+    assert exponential(torch.tensor([[4495110279328]]), 2000)[0, 1646] > 16, "of the largest number there is"
+    assert exponential(torch.tensor([[4495110279328]]), 2000).isfinite().all()
     # What is drawn once in a million is small noise, of which there must be neither too much nor too little.
     small = sum(int((exponential(clock + 10 * i, 200_000) < 1e-5).sum()) for i in range(100))
     assert abs(small - 600) < 150
+
+
+def test_a_sampler_keeps_its_memory_for_smaller_batches():
+    """A captured graph reads it; and rows of a batch draw different numbers."""
+    sampler, logits = Sampler(temperature=1.0), torch.zeros(3, 1000)
+    torch.manual_seed(5)
+    sampler.reset([[1]] * 3, 1000, logits.device)
+    address, first = sampler.clock.data_ptr(), [sampler(logits) for _ in range(2)]
+    assert len(torch.cat(first).unique()) == 6
+    sampler.reset([[1]], 1000, logits.device)
+    assert sampler.clock.data_ptr() == address and sampler(logits[:1]).shape == (1, 1)
+    torch.manual_seed(5)
+    sampler.reset([[1]] * 3, 1000, logits.device)
+    assert sampler.clock.data_ptr() == address and torch.equal(sampler(logits), first[0])
 
 
 def test_compiled_sampling_draws_what_eager_code_draws(tiny, compiled):
