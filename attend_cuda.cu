@@ -130,8 +130,8 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     __shared__ __align__(16) u8 q[8 * PITCH], k_new[8 * PITCH], v_new[8 * PITCH];
     __shared__ __align__(16) float tops[WARPS][8], totals[WARPS][8];
     __shared__ u32 arrived;
-    extern __shared__ __align__(16) float dynamic[];
-    float (*accs)[8][ACC_PITCH] = (float (*)[8][ACC_PITCH])dynamic;  // [WARPS]
+    extern __shared__ __align__(16) float dynamic[];  // more than a block has without asking
+    float (*accs)[8][ACC_PITCH] = (float (*)[8][ACC_PITCH])dynamic;  // [WARPS]: results, rows apart by their parity
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int parts = (G * T + 7) / 8, r0 = blockIdx.x % parts * 8, R = min(8, G * T - r0);  // rows r0 ... r0 + R - 1
     const int b = blockIdx.x / parts / KV, head = blockIdx.x / parts % KV, split = blockIdx.y, width = KV * (G + 2) * D;

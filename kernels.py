@@ -331,9 +331,9 @@ class FusedAttention(nn.Module):
 
 
 class FusedEnds:
-    """What model.Transformer does before and after its layers, in one kernel each: a class for a model to be of too."""
+    """What model.Transformer does before and after its layers, in one kernel each. `fuse` makes a model one of both."""
 
-    def embed(self, tokens: Tensor, pos: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def embed(self, tokens: Tensor, pos: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """As model.Transformer.embed; the plain one where the embedding is trained."""
         embedding, scale = self.tok_embeddings, self.args.embedding_scale
         if not use_triton(embedding.weight) or (torch.is_grad_enabled() and embedding.weight.requires_grad):
@@ -350,6 +350,11 @@ class FusedEnds:
         if torch.compiler.is_compiling():
             _known_to_inductor()
         return norm_linear(self.norm, self.output, x)
+
+
+@functools.cache
+def _with_ends(plain: type) -> type:
+    return type(f"Fused{plain.__name__}", (FusedEnds, plain), {})
 
 
 def fuse(model: nn.Module) -> None:
@@ -380,7 +385,7 @@ def fuse(model: nn.Module) -> None:
         if swap:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, swap(module))
-    model.__class__ = type(f"Fused{type(model).__name__}", (FusedEnds, type(model)), {})
+    model.__class__ = _with_ends(type(model))
 
 
 # --------------------------------------------------------------------------------------------------- the operators

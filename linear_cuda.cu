@@ -153,6 +153,19 @@ __device__ __forceinline__ void unpack_fp8(u32 q, u32& first, u32& second) {
     asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
         : "=r"(first), "=r"(second) : "r"(q));
 }
+
+// int4 as integers: four words of nibbles, even columns and then odd ones, by two digits of x.
+__device__ __forceinline__ void mma_nibbles(int* dot, u32 lo, u32 hi, u32 b0, u32 b1) {
+    mma(dot, lo & 0x0F0F0F0F, hi & 0x0F0F0F0F, (lo >> 4) & 0x0F0F0F0F, (hi >> 4) & 0x0F0F0F0F, b0, b1);
+}
+// What they have given for a group: the digits together, times x's unit, less the zero times x's sum, by the scale: of
+// rows g and g + 8 of W, each of whose scale and zero are a word.
+__device__ __forceinline__ void add_group(float* sum, const int* dot, const float2 unit, u32 s_lo, u32 s_hi) {
+    const float d_lo = dot[0] + (dot[1] << 8), d_hi = dot[2] + (dot[3] << 8);
+    sum[0] += fp16(s_lo) * (d_lo * unit.x - fp16(s_lo >> 16) * unit.y);
+    sum[1] += fp16(s_hi) * (d_hi * unit.x - fp16(s_hi >> 16) * unit.y);
+}
+
 // Nibbles j and 4 + j of a word, as bf16: 128 more than they are.
 __device__ __forceinline__ u32 two_nibbles(u32 word, int j) {
     u32 r;
@@ -613,13 +626,8 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                             int dot[4] = {};
                             #pragma unroll
                             for (int j = 0; j < 4; j++)
-                                mma(dot, lows[j] & 0x0F0F0F0F, highs[j] & 0x0F0F0F0F, (lows[j] >> 4) & 0x0F0F0F0F,
-                                    (highs[j] >> 4) & 0x0F0F0F0F, b[2 * j], b[2 * j + 1]);
-                            const float2 unit = ((const float2*)units)[at / 16 + 2 * t + u];
-                            const u32 s_lo = s[i][u][0], s_hi = s[i][u][1];
-                            const float d_lo = dot[0] + (dot[1] << 8), d_hi = dot[2] + (dot[3] << 8);
-                            sum[0][0] += fp16(s_lo) * (d_lo * unit.x - fp16(s_lo >> 16) * unit.y);
-                            sum[0][1] += fp16(s_hi) * (d_hi * unit.x - fp16(s_hi >> 16) * unit.y);
+                                mma_nibbles(dot, lows[j], highs[j], b[2 * j], b[2 * j + 1]);
+                            add_group(sum[0], dot, ((const float2*)units)[at / 16 + 2 * t + u], s[i][u][0], s[i][u][1]);
                         }
                     else if constexpr (NIBBLES) {
                         const u32* words = (const u32*)w[i];
@@ -653,15 +661,10 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                             for (int j = 0; j < SLOTS; j++) {
                                 const u32 lo = words[2 * (j0 + j)], hi = words[2 * (j0 + j) + 1];
                                 const bool here = g / PLANES == j;
-                                mma(dot, lo & 0x0F0F0F0F, hi & 0x0F0F0F0F, (lo >> 4) & 0x0F0F0F0F,
-                                    (hi >> 4) & 0x0F0F0F0F, here ? v.x : 0, here ? v.y : 0);
+                                mma_nibbles(dot, lo, hi, here ? v.x : 0, here ? v.y : 0);
                             }
-                            const int slot = j0 + t / (PLANES / 2);
-                            const u32 s_lo = s[i][b][0], s_hi = s[i][b][1];
-                            const float2 unit = ((const float2*)units)[min(t % (PLANES / 2), M - 1) * spans + at / 16 + slot];
-                            const float d_lo = dot[0] + (dot[1] << 8), d_hi = dot[2] + (dot[3] << 8);
-                            sum[0][0] += fp16(s_lo) * (d_lo * unit.x - fp16(s_lo >> 16) * unit.y);
-                            sum[0][1] += fp16(s_hi) * (d_hi * unit.x - fp16(s_hi >> 16) * unit.y);
+                            const int slot = j0 + t / (PLANES / 2), m = min(t % (PLANES / 2), M - 1);
+                            add_group(sum[0], dot, ((const float2*)units)[m * spans + at / 16 + slot], s[i][b][0], s[i][b][1]);
                         }
                     } else {
                         int whole[TILES][4] = {};

@@ -352,14 +352,19 @@ else:
         torch.testing.assert_close(v, written[1], atol=0, rtol=0)
         assert not fused.count.any()  # ready for the next call
 
-    def test_fused_model_equals_the_plain_one():
+    @pytest.mark.parametrize("family", [dict(qkv_bias=True), dict(  # as Qwen2, and as Gemma 3
+        embedding_scale=11.3, norm_offset=1.0, tie_embeddings=True, qk_norm=True, activation="gelu_tanh",
+        sliding_window=8, sliding_layers=[True, False], rope_theta=1e6, rope_local_theta=1e4)], ids=str)  # fmt: skip
+    def test_fused_model_equals_the_plain_one(family):
         args = m.ModelArgs(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=256, vocab_size=99,
-                           max_seq_len=64, qkv_bias=True)  # fmt: skip
+                           max_seq_len=64, **family)  # fmt: skip
         plain, fused = (m.Transformer(args).to(DEVICE).eval().requires_grad_(False) for _ in range(2))
+        for name, weight in plain.named_parameters():
+            weight += 0.3 * torch.randn_like(weight) * name.endswith("norm.weight")
         fused.load_state_dict(plain.state_dict())
         names = list(fused.state_dict())
         kernels.fuse(fused)
-        assert list(fused.state_dict()) == names
+        assert list(fused.state_dict()) == names and isinstance(fused, kernels.FusedEnds)
         for batch in (1, 3):
             plain.setup_caches(batch, 40)
             fused.setup_caches(batch, 40)
