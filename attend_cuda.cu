@@ -140,7 +140,7 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     if (T > 1) asm volatile("griddepcontrol.wait;" ::: "memory");
     const int p = pos[b * T];  // of the first new token: the slots before it are attended to
     const int first = window ? max(p + 1 - window, 0) : 0;
-    const int share = max((p - first + gridDim.y - 1) / gridDim.y + 127 & ~127, 256);
+    const int share = max((p - first + gridDim.y - 1) / gridDim.y + 31 & ~31, 16 * WARPS);
     const int n = max((p - first + share - 1) / share, 1);  // splits that have anything to do
     if (split >= n) return;
     const bool last = split == n - 1;  // takes the new tokens too
@@ -268,19 +268,26 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     __syncthreads();
     if (arrived != n - 1) return;
     const float* all = part + (i64)blockIdx.x * gridDim.y * 8 * (D + 2);
-    float2* ends = (float2*)accs;  // [n][R]: tops and totals
-    for (int i = threadIdx.x; i < n * R; i += THREADS)
-        ends[i] = make_float2(load_fresh(all + i * (D + 2) + D), load_fresh(all + i * (D + 2) + D + 1));
-    __syncthreads();
+    constexpr int AHEAD = 8;  // splits whose numbers are under way at a time
     for (int i = threadIdx.x; i < R * D; i += THREADS) {
         const int r = i / D, d = i % D;
         float top = MINUS_INFINITY, total = 0, acc = 0;
-        for (int j = 0; j < n; j++) top = fmaxf(top, ends[j * R + r].x);
-        const float base = top == MINUS_INFINITY ? 0 : top;
-        #pragma unroll 8
-        for (int j = 0; j < n; j++) {
-            const float gain = __expf(ends[j * R + r].x - base);
-            total += gain * ends[j * R + r].y, acc += gain * load_fresh(all + (j * R + r) * (D + 2) + d);
+        for (int j0 = 0; j0 < n; j0 += AHEAD) {
+            float its_top[AHEAD], its_total[AHEAD], its_acc[AHEAD], higher = top;
+            #pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                const float* its = all + (min(j0 + j, n - 1) * R + r) * (D + 2);
+                its_top[j] = load_fresh(its + D), its_total[j] = load_fresh(its + D + 1), its_acc[j] = load_fresh(its + d);
+            }
+            #pragma unroll
+            for (int j = 0; j < AHEAD; j++) higher = fmaxf(higher, its_top[j]);
+            const float base = higher == MINUS_INFINITY ? 0 : higher, fade = __expf(top - base);
+            top = higher, total *= fade, acc *= fade;
+            #pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                const float gain = j0 + j < n ? __expf(its_top[j] - base) : 0;
+                total += gain * its_total[j], acc += gain * its_acc[j];
+            }
         }
         *place(r, d) = to_bf16(acc / total);
     }

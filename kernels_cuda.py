@@ -95,10 +95,12 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     values = [maps, *pointers, M, N, K, eps, offset, ACTIVATIONS[activation], plan.stages, plan.panels]
     values += [_tickets(x.device)[next(_turns) % TURNS] if plan.dynamic else None, words]
     options = (f"KIND={kind}", f"GROUP={group}", f"ROOM={plan.room}", f"CHUNK={plan.chunk}", f"WARPS={plan.warps}")
-    options += f"WORDS={groups}", f"SPLIT={plan.split}", f"WORLD={1 if exchange is None else exchange.world}"
+    one = kind == 3 and plan.own // 2 <= plan.chunk
+    options += f"WORDS={groups}", f"SPLIT={plan.split}", f"ONE={int(one)}"
+    options += (f"WORLD={1 if exchange is None else exchange.world}",)
     function = _function("linear", options, x.device)
     blocks = _multiprocessors(x.device) // plan.split * plan.split
-    _launch(function, (blocks, 1), plan.warps * 32 + 64, plan.shared, values, x.device, cluster=plan.split)
+    _launch(function, (blocks, 1), plan.threads, plan.shared, values, x.device, cluster=plan.split)
     return y if exchange is None else exchange.collect(residual, y)
 
 
@@ -248,6 +250,7 @@ class Plan(NamedTuple):
     chunk: int  # bytes that are copied of a row at a time
     room: int  # rows of x that the variant has room for
     warps: int  # that multiply
+    threads: int  # of these warps, of the one that sends for weights, and of those that finish sums
     stages: int  # of weights
     panels: int  # parts of x's columns that are there one after another
     dynamic: bool  # whether blocks take tiles as they are ready for them, rather than an even share
@@ -263,7 +266,8 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
     split = 2 if room > 1 and room * K >= (SPLIT_PAIRS if pairs else SPLIT) and K >= 2 * unit else 1
     own = -(-K // unit // split) * unit
     chunk = 1024 if own * 128 // COLUMNS[kind] <= 1024 else 2048
-    warps = 8 if room == 1 else 16
+    warps, finishers = 8 if room == 1 else 16, 1 + (room >= 4)
+    threads = 32 * (warps + 1 + finishers)
     stage = TILE_ROWS * chunk + (TILE_ROWS * chunk * 8 // group if kind == 3 else 0) + 24
     in_chunk = chunk * COLUMNS[kind] // 128  # columns
     chunks = -(-own // in_chunk)
@@ -277,16 +281,16 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
         nibbles = kind == 3 and room == 8
         row, bank = 2 * columns if kind < 2 or nibbles else columns, (64 if nibbles else 32) if kind == 3 else 16
         x = (M if kind < 2 or nibbles else 2 * M) * (row + (bank - row) % 128)
-        units = (0, M * columns // 128 * 4, M * columns // 128 * 4, columns if nibbles else M * columns // 32 * 8)[kind]
+        units = room * columns // (32 if kind == 3 else 128) * (8 if kind == 3 and not nibbles else 4) * (kind > 0)
         parts = 2 * warps * TILE_ROWS * room * 4
         sums = warps * 128  # of squares
-        sums += (PLACES * max(1, room // 2) + 1) * 128 * (split - 1)  # and what the other block sends
+        sums += (PLACES * max(1, room // 2) + finishers) * 128 * (split - 1)  # and what the other block sends
         totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
-        base = x + units + parts + sums + totals + 64  # barriers of two tiles in turn, and of places
+        base = x + units + parts + sums + totals + 32 * (1 + finishers)  # barriers of two tiles in turn, and of places
         stages = min(MAX_STAGES[kind] * 2048 // chunk, (most - base) // stage)
         if columns * (panels - 1) < own:  # the last panel is not empty
             shared = base + stages * stage
-            plans.append(Plan(split, own, chunk, room, warps, stages, panels, panels == 1 and dynamic, shared))
+            plans.append(Plan(split, own, chunk, room, warps, threads, stages, panels, panels == 1 and dynamic, shared))
     return max(plans, key=lambda plan: (min(plan.stages, 4 * 2048 // chunk), -plan.panels, plan.stages))
 
 

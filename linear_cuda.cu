@@ -11,8 +11,8 @@
 // multiplied as integers, which saves turning them into floats: x becomes 15-bit integers relative to the largest of
 // its 128 neighbours (int4: 32), two digits of 8 bits, each a column of its own. fp8 becomes fp16, and so does x, relative
 // to the largest of 128. With many rows of x, int4 becomes bf16: 128 + q, whose last bits q is, so that x stays as it is,
-// and what is too much in a group's products is the sum of x times 128 plus its zero. One last warp adds up what these
-// warps leave for a tile of 16 rows, and stores it, while they are at the next one.
+// and what is too much in a group's products is the sum of x times 128 plus its zero. One or two last warps add up
+// what these leave for a tile of 16 rows, and store it, while they are at the next one.
 //
 // Where x has several rows, to prepare it takes each block a while. Then two neighbouring blocks (a cluster) take the same
 // rows of W, half of the columns each, and so prepare half of x; they finish tiles in turn, and send each other what the
@@ -32,7 +32,7 @@ struct alignas(64) TensorMap { u8 opaque[128]; };
 struct Words { u64 of[8]; const u32* number; int rank, room; };  // as exchange_cuda.cu has them: memory of each rank
 struct Maps { TensorMap w[SPLIT], scale_zero[SPLIT]; };  // of each block of a cluster
 
-constexpr int THREADS = WARPS * 32;                // that multiply; one more warp sends for weights, one finishes sums
+constexpr int THREADS = WARPS * 32;                // that multiply; one more warp sends for weights, others finish sums
 constexpr int ROWS = 16, HALF = 8 * CHUNK;         // rows of W in a stage, and bytes of eight of them
 constexpr int SHARE = CHUNK / WARPS < 128 ? CHUNK / WARPS : 128;  // bytes of a row that a warp multiplies at a time: 64 or 128
 constexpr int BLOCKS = CHUNK / SHARE / WARPS;      // of them in a chunk, that are a warp's
@@ -47,7 +47,8 @@ constexpr int STAGE = 2 * HALF + 2 * BOXES * BOX;
 constexpr int FLIGHT = 4096 / CHUNK;               // stages that are sent for at a time: 64 KB keep its share of the bus busy
 constexpr int X_BANK = NIBBLES ? 64 : KIND == 3 ? 32 : 16;  // a pitch that spreads what a warp reads at once over all banks
 constexpr int SPAN = KIND == 3 ? 32 : 128;         // columns of x that share an exponent, unless it stays bf16
-constexpr int EACH = ROOM == 1 ? 1 : ROOM / 2;     // sums of a tile that each lane finishes
+constexpr int FINISHERS = ROOM >= 4 ? 2 : 1;       // warps that finish sums, each for some of the rows of x
+constexpr int EACH = ROOM == 1 ? 1 : ROOM / 2 / FINISHERS;  // sums of a tile that each lane finishes
 constexpr int PLACES = 4;                          // for sums that the other block of a cluster sends
 constexpr int GROUPS = ROOM == 1 ? 1 : 2;          // of warps, that prepare different rows of x
 // int4, one row of x: threads t = 0 ... 3 of a row of W have different groups, whose sums land in different columns, since
@@ -87,6 +88,13 @@ __device__ __forceinline__ void expect(u32 barrier, int bytes) {
 __device__ __forceinline__ void wait_for_other(u32 barrier, u32 phase) {
     asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1; @!p bra again; }"
                  :: "r"(barrier), "r"(phase) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_matrices(u32 at) {  // four, of 8 rows of 16 bytes: lane i has word i % 4 of row i / 4
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
 }
 
 __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory"); }
@@ -178,10 +186,16 @@ __device__ __forceinline__ u32 two_fp16(float low, float high) {
     return r;
 }
 
-__device__ __forceinline__ float activated(float v, int activation) {
-    if (activation == 1) return v / (1 + __expf(-v));  // silu
-    if (activation == 2) return v * (1 - 1 / (__expf(1.5957691216057308f * (v + 0.044715f * v * v * v)) + 1));  // tanh gelu
-    return 0.5f * v * (1 + erff(v * 0.7071067811865476f));
+// Without branches that few numbers take, so that neighbours are computed side by side.
+template <int COUNT>
+__device__ __forceinline__ void activate(float (&v)[COUNT], int activation) {
+    if (activation == 1)  // silu
+        for (int j = 0; j < COUNT; j++) v[j] = __fdividef(v[j], 1 + __expf(-v[j]));
+    else if (activation == 2)  // tanh gelu
+        for (int j = 0; j < COUNT; j++)
+            v[j] *= 1 - __fdividef(1, __expf(1.5957691216057308f * (v[j] + 0.044715f * v[j] * v[j] * v[j])) + 1);
+    else
+        for (int j = 0; j < COUNT; j++) v[j] *= 0.5f * (1 + erff(v[j] * 0.7071067811865476f));
 }
 
 // The i-th tile of a block: outputs n ... n + rows - 1. Blocks take tiles in turn, so that what is read at a time is
@@ -255,15 +269,17 @@ __device__ __forceinline__ void send(Ring ring, const TensorMap& w, const Tensor
 
 struct alignas(4 * EACH) Sums { float of[EACH]; };
 
-// By the warp that adds up what the others have summed, and stores outputs. squares: those of x, of which the norm's factor
+// By a warp that adds up what the others have summed, and stores outputs. squares: those of x, of which the norm's factor
 // is made; null without a norm.
 __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const float* parts, float* totals, u32 summed,
                                        const float* squares, const float* scale, const u16* bias, const u16* residual,
                                        u16* y, int M, int N, int K, float eps, int step, int activation, int chunks,
                                        int a_panel, int panels, float* from_other, u32 received, int part, const Words& words) {
     // Of a tile's sums [ROWS][ROOM] each lane has EACH neighbours; of one row of x there is one for half of the lanes.
-    const int lane = threadIdx.x % 32, r = ROOM == 1 ? lane % ROWS : lane / 2, m0 = ROOM == 1 ? 0 : lane % 2 * EACH;
+    const int which = threadIdx.x / 32 - WARPS - 1, lane = threadIdx.x % 32;
+    const int r = ROOM == 1 ? lane % ROWS : lane / 2, m0 = ROOM == 1 ? 0 : (2 * which + lane % 2) * EACH;
     const bool pairs = activation != 0;
+    from_other += which * 32 * (PLACES * EACH + 1), received += which * PLACES * 8;
     float* squares_of_other = from_other + PLACES * EACH * 32;
     if constexpr (SPLIT > 1) {
         if (lane < PLACES) expect(received + lane * 8, (EACH + (squares && lane == 0)) * 128);
@@ -272,10 +288,12 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const u32 number = WORLD > 1 ? load_fresh(words.number) : 0;
 
-    // Of the tile that is being finished; of row lane / (32 / ROOM) of x the total of its squares, and the norm's factor.
+    // Of the tile that is being finished; the total of squares of row lane / (32 / ROOM) of x, and the norm's factors.
     int out = 0, pending = -1;
     bool exists = false;
-    float s = 1, values[EACH], total = 0, inv = 1;
+    float s = 1, values[EACH], total = 0, factor[EACH];
+    for (int j = 0; j < EACH; j++) factor[j] = 1;
+    const float one_of_k = 1.0f / K;
     u32 b = 0, rest[EACH];  // bf16, as bits: to turn them into floats here would be to wait for them here
     const auto store = [&](int i) {
         if constexpr (SPLIT > 1) {
@@ -286,17 +304,27 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
             __syncwarp();
             if (lane == 0) expect(received + place * 8, EACH * 128);
         }
-        if (squares && i < SPLIT) inv = rsqrtf(total / K + eps);
+        if (squares && i < SPLIT) {
+            const float inv = rsqrtf(total * one_of_k + eps);
+            for (int j = 0; j < EACH; j++) factor[j] = __shfl_sync(~0u, inv, (m0 + j) * (32 / ROOM));
+        }
+        float value[EACH], up[EACH];
+        #pragma unroll
+        for (int j = 0; j < EACH; j++) value[j] = values[j] * (s * factor[j]) + low_bf16(b);
+        if (pairs) {
+            #pragma unroll
+            for (int j = 0; j < EACH; j++) up[j] = __shfl_down_sync(~0u, value[j], ROOM == 1 ? 8 : 16);
+            activate(value, activation);
+            #pragma unroll
+            for (int j = 0; j < EACH; j++) value[j] *= up[j];
+        }
+        const bool stores = exists && !(pairs && r >= step) && lane < (ROOM == 1 ? ROWS : 32);
         #pragma unroll
         for (int j = 0; j < EACH; j++) {
             const int m = m0 + j;
-            float value = values[j];
-            value = value * (s * __shfl_sync(~0u, inv, m * (32 / ROOM))) + low_bf16(b);
-            const float up = __shfl_down_sync(~0u, value, ROOM == 1 ? 8 : 16);
-            if (pairs) value = activated(value, activation) * up;
-            if (exists && m < M && !(pairs && r >= step) && lane < (ROOM == 1 ? ROWS : 32)) {
-                if (WORLD > 1) send_all(words, number, m * N + out, value);
-                else y[(long long)m * N + out] = to_bf16(value + low_bf16(rest[j]));
+            if (stores && m < M) {
+                if (WORLD > 1) send_all(words, number, m * N + out, value[j]);
+                else y[(long long)m * N + out] = to_bf16(value[j] + low_bf16(rest[j]));
             }
         }
     };
@@ -366,12 +394,14 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
     if (SPLIT > 1 && pending >= 0) store(pending);
 }
 
+struct alignas(8) X { u32 of[ROOM == 1 ? 8 : NIBBLES ? 4 : 2]; };   // of int4, what of x a thread multiplies with a batch
+
 constexpr int PIECES = ROOM == 1 ? 2 : 1;          // of eight neighbouring elements of x, that a thread turns at a time
 
 // Neighbouring elements of a row of x (times the norm's weight, if there is one) into shared memory, as KIND wants them.
 // All lanes of a warp call it, with neighbouring i.
-__device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans, int m, int i,
-                                    const uint4 (&v)[PIECES], const uint4 (&n)[PIECES], bool norm, float offset) {
+__device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int m, int i, const uint4 (&v)[PIECES],
+                                    const uint4 (&n)[PIECES], bool norm, float offset) {
     u32 raw[4 * PIECES];
     float a[8 * PIECES];
     #pragma unroll
@@ -398,7 +428,7 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
             #pragma unroll
             for (int j = 0; j < 4; j++) total += low_bf16(raw[j]) + high_bf16(raw[j]);
             for (int d = 1; d < 4; d *= 2) total += __shfl_xor_sync(~0u, total, d);
-            if (i % 4 == 0) units[i / 4 * 8 + m] = total;
+            if (i % 4 == 0) units[i / 4 * ROOM + m] = total;
         }
     } else {
         constexpr int LANES = SPAN / 8 / PIECES;  // that share an exponent
@@ -445,14 +475,14 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int spans
         if (KIND == 3)
             for (int d = 1; d < LANES; d *= 2) total += __shfl_xor_sync(~0u, total, d);
         if (i % LANES == 0) {
-            int at = m * spans + i / LANES;
+            const int at = i / LANES * ROOM + m;
             if (KIND == 3) ((float2*)units)[at] = make_float2(unit, (int)total * unit);
             else units[at] = unit;
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 64, 1)
+extern "C" __global__ void __launch_bounds__(THREADS + 32 + 32 * FINISHERS, 1)
 linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const u16* __restrict__ x,
        const u16* __restrict__ bias, const u16* __restrict__ norm, const u16* __restrict__ residual, u16* __restrict__ y,
        int M, int N, int K, float eps, float offset, int activation, int stages, int panels, u32* taken,
@@ -467,20 +497,20 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
     const bool pairs = activation != 0;                                                  // rows of gate, and of up
     const int step = pairs ? ROWS / 2 : ROWS;
     u8* xs = shared + stages * STAGE;
-    float* units = (float*)(xs + (HALVES ? M : 2 * M) * x_pitch);                        // or sums of x: [spans][8]
-    float* parts = units + (NIBBLES ? 8 * spans : EXPONENTS ? M * spans * (KIND == 3 ? 2 : 1) : 0);  // [2][WARPS][ROWS][ROOM]
+    float* units = (float*)(xs + (HALVES ? M : 2 * M) * x_pitch);                        // or sums of x: [spans][ROOM]
+    float* parts = units + (KIND > 0 ? ROOM * spans * (KIND == 3 && !NIBBLES ? 2 : 1) : 0);  // [2][WARPS][ROWS][ROOM]
     float* squares = parts + 2 * WARPS * ROWS * ROOM;                                    // [ROOM][WARPS * 32 / ROOM]
-    float* from_other = squares + WARPS * 32;                                            // [PLACES][EACH][32], and squares
-    float* totals = from_other + (SPLIT > 1 ? 32 * (PLACES * EACH + 1) : 0);             // [tiles][ROWS][ROOM]
+    float* from_other = squares + WARPS * 32;                                            // [FINISHERS] of [PLACES][EACH][32] and squares
+    float* totals = from_other + (SPLIT > 1 ? FINISHERS * 32 * (PLACES * EACH + 1) : 0);  // [tiles][ROWS][ROOM]
     const int tiles = panels > 1 ? N / (step * (gridDim.x / SPLIT)) + 1 : 0;             // of this block, at most
     Tile* tile_of = (Tile*)(totals + tiles * ROWS * ROOM);                               // by stage
     const u32 full = address(tile_of + stages), empty = full + stages * 8;
     const u32 summed = empty + stages * 8, received = summed + 32;  // two tiles in turn, then that they are read; by place
 
     if (threadIdx.x == 0) {
-        for (int i = 0; i < stages; i++) set_up(full + i * 8, 1), set_up(empty + i * 8, WARPS + 1);
-        for (int i = 0; i < 2; i++) set_up(summed + i * 8, WARPS), set_up(summed + 16 + i * 8, 1);
-        for (int i = 0; i < PLACES; i++) set_up(received + i * 8, 1);
+        for (int i = 0; i < stages; i++) set_up(full + i * 8, 1), set_up(empty + i * 8, WARPS + FINISHERS);
+        for (int i = 0; i < 2; i++) set_up(summed + i * 8, WARPS), set_up(summed + 16 + i * 8, FINISHERS);
+        for (int i = 0; i < FINISHERS * PLACES; i++) set_up(received + i * 8, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -513,11 +543,32 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
         }
     };
 
-    const bool mine[2] = {g % PLANES < (HALVES ? M : 2 * M), TILES == 2 && g + 8 < 2 * M};  // columns that exist
+    // A row of x that there is none of in a column gives sums that nobody reads. Where most columns have one, the others
+    // repeat the last, which is cheaper than zeros.
+    const int in_columns = HALVES ? M : 2 * M;
+    const bool mine = (HALVES ? ROOM : 2 * ROOM) >= 8 || g % PLANES < in_columns;
+    const u8* x_of[2] = {xs + min(g % PLANES, in_columns - 1) * x_pitch, xs + min(g + 8, in_columns - 1) * x_pitch};
+    // int4: of a share that begins at a byte of W's rows, batch b of columns: where its group is (in 32 columns), what of x
+    // a thread multiplies, and x's unit and sum (of each of 8 rows, or a row of t's).
+    const auto slot_of = [&](int b) { return ROOM == 1 ? 2 * t + b : b * SLOTS + t / (PLANES / 2); };
+    const auto x_at = [&](int at, int b) {
+        X v = {};
+        if constexpr (ROOM == 1) {
+            if (g / 2 == t)
+                for (int j = 0; j < 2; j++) ((uint4*)v.of)[j] = *(const uint4*)(xs + g % 2 * x_pitch + 2 * (at + 16 * slot_of(b)) + 16 * j);
+        } else if constexpr (NIBBLES)
+            *(uint4*)v.of = *(const uint4*)(x_of[0] + 4 * (at + 16 * b + 4 * t));
+        else if (mine)
+            *(uint2*)v.of = *(const uint2*)(x_of[0] + 2 * (at + 16 * (b * SLOTS + g / PLANES) + 4 * t));
+        return v;
+    };
+    const auto unit_at = [&](int at, int b) {
+        return ((const float2*)units)[NIBBLES ? (at / 16 + b) * 4 + t : (at / 16 + slot_of(b)) * ROOM + t % (PLANES / 2)];
+    };
     int turn = 0;
     for (int panel = 0; panel < panels; panel++) {
         if (panel) consumers_meet();  // done with the panel before
-        const int count = min(a_panel, chunks - panel * a_panel);
+        const int count = ONE ? 1 : min(a_panel, chunks - panel * a_panel);
         for (int at = 0; at < places; at += KEEP * BESIDE) {
             uint4 n[2][PIECES], v[KEEP][THEIRS][PIECES];  // zeros beyond the end, which there are no weights for
             const int item = panel * places + at + first_item;
@@ -542,7 +593,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                 if (i >= places) break;
                 #pragma unroll
                 for (int m = 0; m < THEIRS; m++) {
-                    if (first_row + m < M) put(xs, units, x_pitch, spans, first_row + m, i, v[j][m], n[j % 2], norm, offset);
+                    if (first_row + m < M) put(xs, units, x_pitch, first_row + m, i, v[j][m], n[j % 2], norm, offset);
                     #pragma unroll
                     for (int k = 0; k < 4 * PIECES; k++) {
                         const u32 raw = ((const u32*)v[j][m])[k];
@@ -566,12 +617,21 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                     warp % (WARPS / GROUPS) * LANES + lane % LANES] = sums[0];
         }
 
+        X kept[BLOCKS][BATCHES];  // where a warp multiplies the same columns of every tile
+        float2 kept_unit[BLOCKS][BATCHES];
+        if constexpr (ONE)
+            #pragma unroll
+            for (int i = 0; i < BLOCKS; i++)
+                #pragma unroll
+                for (int b = 0; b < BATCHES; b++)
+                    kept[i][b] = x_at((i * WARPS + warp) * SHARE, b), kept_unit[i][b] = unit_at((i * WARPS + warp) * SHARE, b);
+
         for (;; turn++) {
             float c[CHAINS][4] = {}, sum[TILES][2] = {};
             wait_for(ring.full + ring.stage * 8, ring.parity);
             const Tile tile = tile_of[ring.stage];
             const bool end = tile.rows == 0;
-            for (int k = 0, chunk = tile.chunk; k < (end ? 0 : count); k++, chunk = chunk + 1 < count ? chunk + 1 : 0) {
+            for (int k = 0, chunk = ONE ? 0 : tile.chunk; k < (end ? 0 : count); k++, chunk = chunk + 1 < count ? chunk + 1 : 0) {
                 if (k) wait_for(ring.full + ring.stage * 8, ring.parity);
                 // Weights into registers, so that the stage can be filled again soon.
                 uint4 w[BLOCKS][SHARE / 32];
@@ -583,8 +643,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                     if constexpr (KIND == 3)
                         #pragma unroll
                         for (int j = 0; j < BATCHES; j++) {
-                            const int slot = ROOM == 1 ? 2 * t + j : j * SLOTS + t / (PLANES / 2);
-                            const int group = (byte / 16 + slot) * 32 / GROUP;
+                            const int group = (byte / 16 + slot_of(j)) * 32 / GROUP;
                             const u8* ss = stage + 2 * HALF + group / WORDS * BOX + g * (WORDS * 4) +
                                            (group % WORDS / 4 ^ g * WORDS / 32) * 16;
                             #pragma unroll
@@ -596,12 +655,11 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                                 }
                         }
                     if constexpr (KIND == 3 && ROOM > 1) {
-                        u32* words = (u32*)w[i];
+                        // Word t of rows g and g + 8, of two 16-byte words at a time, whose rows lanes 8 j ... have addresses of.
+                        const u8* row = stage + byte / 128 * 1024 + lane / 8 % 2 * HALF + lane % 8 * 128;
                         #pragma unroll
-                        for (int j = 0; j < SHARE / 16; j++) {
-                            words[2 * j] = *(const u32*)(ws + ((unit + j) ^ g) * 16 + 4 * t);
-                            words[2 * j + 1] = *(const u32*)(ws + HALF + ((unit + j) ^ g) * 16 + 4 * t);
-                        }
+                        for (int j = 0; j < SHARE / 32; j++)
+                            w[i][j] = load_matrices(address(row + ((unit + 2 * j + lane / 16) ^ lane % 8) * 16));
                     } else
                         #pragma unroll
                         for (int u = 0; u < SHARE / 64; u++) {
@@ -618,28 +676,23 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                         for (int u = 0; u < 2; u++) {
                             const uint4 lo = w[i][2 * u], hi = w[i][2 * u + 1];
                             const u32 lows[4] = {lo.x, lo.y, lo.z, lo.w}, highs[4] = {hi.x, hi.y, hi.z, hi.w};
-                            uint4 v[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-                            if (g / 2 == t)
-                                for (int j = 0; j < 2; j++)
-                                    v[j] = *(const uint4*)(xs + g % 2 * x_pitch + 2 * (at + 16 * (2 * t + u)) + 16 * j);
-                            const u32 b[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
+                            const X v = ONE ? kept[i][u] : x_at(at, u);
                             int dot[4] = {};
                             #pragma unroll
                             for (int j = 0; j < 4; j++)
-                                mma_nibbles(dot, lows[j], highs[j], b[2 * j], b[2 * j + 1]);
-                            add_group(sum[0], dot, ((const float2*)units)[at / 16 + 2 * t + u], s[i][u][0], s[i][u][1]);
+                                mma_nibbles(dot, lows[j], highs[j], v.of[2 * j], v.of[2 * j + 1]);
+                            add_group(sum[0], dot, ONE ? kept_unit[i][u] : unit_at(at, u), s[i][u][0], s[i][u][1]);
                         }
                     else if constexpr (NIBBLES) {
                         const u32* words = (const u32*)w[i];
                         #pragma unroll
                         for (int b = 0; b < BATCHES; b++) {
-                            uint4 v = make_uint4(0, 0, 0, 0);
-                            if (mine[0]) v = *(const uint4*)(xs + g * x_pitch + 4 * (at + 16 * b + 4 * t));
+                            const X v = ONE ? kept[i][b] : x_at(at, b);
                             const u32 lo = words[2 * b], hi = words[2 * b + 1], s_lo = s[i][b][0], s_hi = s[i][b][1];
                             float dot[4] = {};
-                            mma(dot, two_nibbles(lo, 0), two_nibbles(hi, 0), two_nibbles(lo, 1), two_nibbles(hi, 1), v.x, v.y);
-                            mma(dot, two_nibbles(lo, 2), two_nibbles(hi, 2), two_nibbles(lo, 3), two_nibbles(hi, 3), v.z, v.w);
-                            const float2 total = *(const float2*)(units + (at / 16 + b) * 8 + 2 * t);
+                            mma(dot, two_nibbles(lo, 0), two_nibbles(hi, 0), two_nibbles(lo, 1), two_nibbles(hi, 1), v.of[0], v.of[1]);
+                            mma(dot, two_nibbles(lo, 2), two_nibbles(hi, 2), two_nibbles(lo, 3), two_nibbles(hi, 3), v.of[2], v.of[3]);
+                            const float2 total = unit_at(at, b);  // to keep these too, there are no registers
                             const float scales[2] = {fp16(s_lo), fp16(s_hi)};
                             const float zeros[2] = {-128 - fp16(s_lo >> 16), -128 - fp16(s_hi >> 16)};
                             #pragma unroll
@@ -652,19 +705,15 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                         const u32* words = (const u32*)w[i];
                         #pragma unroll
                         for (int b = 0; b < BATCHES; b++) {
-                            const int j0 = b * SLOTS;
+                            const X v = ONE ? kept[i][b] : x_at(at, b);
                             int dot[4] = {};
-                            uint2 v = make_uint2(0, 0);
-                            const int byte = 2 * (at + 16 * (j0 + g / PLANES) + 4 * t);
-                            if (mine[0]) v = *(const uint2*)(xs + g % PLANES * x_pitch + byte);
                             #pragma unroll
                             for (int j = 0; j < SLOTS; j++) {
-                                const u32 lo = words[2 * (j0 + j)], hi = words[2 * (j0 + j) + 1];
+                                const u32 lo = words[2 * (b * SLOTS + j)], hi = words[2 * (b * SLOTS + j) + 1];
                                 const bool here = g / PLANES == j;
-                                mma_nibbles(dot, lo, hi, here ? v.x : 0, here ? v.y : 0);
+                                mma_nibbles(dot, lo, hi, here ? v.of[0] : 0, here ? v.of[1] : 0);
                             }
-                            const int slot = j0 + t / (PLANES / 2), m = min(t % (PLANES / 2), M - 1);
-                            add_group(sum[0], dot, ((const float2*)units)[m * spans + at / 16 + slot], s[i][b][0], s[i][b][1]);
+                            add_group(sum[0], dot, ONE ? kept_unit[i][b] : unit_at(at, b), s[i][b][0], s[i][b][1]);
                         }
                     } else {
                         int whole[TILES][4] = {};
@@ -675,14 +724,14 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                             const int byte = at + SHARE / 4 * t + 16 * u;
                             if constexpr (KIND == 0) {
                                 uint4 v = make_uint4(0, 0, 0, 0);
-                                if (mine[0]) v = *(const uint4*)(xs + g * x_pitch + byte);
+                                if (mine) v = *(const uint4*)(x_of[0] + byte);
                                 mma(c[0], lo.x, hi.x, lo.y, hi.y, v.x, v.y);
                                 mma(c[1], lo.z, hi.z, lo.w, hi.w, v.z, v.w);
                             } else if constexpr (KIND == 1) {
                                 uint4 v[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-                                if (mine[0]) {
-                                    v[0] = *(const uint4*)(xs + g * x_pitch + 2 * byte);
-                                    v[1] = *(const uint4*)(xs + g * x_pitch + 2 * byte + 16);
+                                if (mine) {
+                                    v[0] = *(const uint4*)(x_of[0] + 2 * byte);
+                                    v[1] = *(const uint4*)(x_of[0] + 2 * byte + 16);
                                 }
                                 const u32 lows[4] = {lo.x, lo.y, lo.z, lo.w}, highs[4] = {hi.x, hi.y, hi.z, hi.w};
                                 const u32 b[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
@@ -696,7 +745,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                                 #pragma unroll
                                 for (int o = 0; o < TILES; o++) {
                                     uint4 v = make_uint4(0, 0, 0, 0);
-                                    if (mine[o]) v = *(const uint4*)(xs + (g + 8 * o) * x_pitch + byte);
+                                    if (mine) v = *(const uint4*)(x_of[o] + byte);
                                     mma(whole[o], lo.x, hi.x, lo.y, hi.y, v.x, v.y);
                                     mma(whole[o], lo.z, hi.z, lo.w, hi.w, v.z, v.w);
                                 }
@@ -705,13 +754,13 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                         if constexpr (KIND == 1) {
                             #pragma unroll
                             for (int j = 0; j < 4; j++) {
-                                const float unit = units[min(2 * t + j % 2, M - 1) * spans + at / 128];
+                                const float unit = units[at / 128 * ROOM + min(2 * t + j % 2, ROOM - 1)];
                                 for (int n = 0; n < CHAINS; n++) c[n][j] += partial[n][j] * unit;
                             }
                         } else if constexpr (KIND == 2) {
                             #pragma unroll
                             for (int o = 0; o < TILES; o++) {
-                                const float unit = units[min(t + 4 * o, M - 1) * spans + at / 128];
+                                const float unit = units[at / 128 * ROOM + min(t + 4 * o, ROOM - 1)];
                                 sum[o][0] += (float)(whole[o][0] + (whole[o][1] << 8)) * unit;
                                 sum[o][1] += (float)(whole[o][2] + (whole[o][3] << 8)) * unit;
                             }
