@@ -129,6 +129,7 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
        float softcap, int window, float eps, float offset) {
     __shared__ __align__(16) u8 q[8 * PITCH], k_new[8 * PITCH], v_new[8 * PITCH];
     __shared__ __align__(16) float tops[WARPS][8], totals[WARPS][8];
+    __shared__ int position[8];  // of the new tokens
     __shared__ u32 arrived;
     extern __shared__ __align__(16) float dynamic[];  // more than a block has without asking
     float (*accs)[8][ACC_PITCH] = (float (*)[8][ACC_PITCH])dynamic;  // [WARPS]: results, rows apart by their parity
@@ -136,29 +137,38 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     const int parts = (G * T + 7) / 8, r0 = blockIdx.x % parts * 8, R = min(8, G * T - r0);  // rows r0 ... r0 + R - 1
     const int b = blockIdx.x / parts / KV, head = blockIdx.x / parts % KV, split = blockIdx.y, width = KV * (G + 2) * D;
 
-    // The position of one token is as old as the step; those of several may have just been computed.
-    if (T > 1) asm volatile("griddepcontrol.wait;" ::: "memory");
-    const int p = pos[b * T];  // of the first new token: the slots before it are attended to
-    const int first = window ? max(p + 1 - window, 0) : 0;
-    const int share = max((p - first + gridDim.y - 1) / gridDim.y + 31 & ~31, 16 * WARPS);
-    const int n = max((p - first + share - 1) / share, 1);  // splits that have anything to do
-    if (split >= n) return;
-    const bool last = split == n - 1;  // takes the new tokens too
-    const int start = first + split * share, end = min(start + share, p), old = (end - start + 15) / 16, tiles = old + last;
     const i64 cell = ((i64)b * KV + head) * S * D;
     const u8 *k_old = (const u8*)(k_cache + cell), *v_old = (const u8*)(v_cache + cell);
+    Keys keys;
+    Values values;
+    int p, start, end, n, old;  // position of the first new token: the slots before it are attended to; this block's of them
     const auto slots_at = [&](int tile) {
         const int slot = start + 16 * tile;
         return Slots{k_old + (i64)slot * 2 * D, v_old + (i64)slot * 2 * D, 2 * D, end - 1 - slot};
     };
-    Keys keys;
-    Values values;
-    if (warp < old) load(keys, slots_at(warp)), load(values, slots_at(warp));
-    int row_pos[2];  // of query rows 2t and 2t + 1; rows beyond R are computed from what lies there, and not stored
-    #pragma unroll
-    for (int h = 0; h < 2; h++) row_pos[h] = pos[b * T + (r0 + min(2 * t + h, R - 1)) / G];
+    const auto begin = [&](int first_new) {
+        p = first_new;
+        const int first = window ? max(p + 1 - window, 0) : 0;
+        const int share = max((p - first + gridDim.y - 1) / gridDim.y + 31 & ~31, 16 * WARPS);
+        n = max((p - first + share - 1) / share, 1);  // splits that have anything to do
+        start = first + split * share, end = min(start + share, p), old = (end - start + 15) / 16;
+        if (split < n && warp < old) load(keys, slots_at(warp)), load(values, slots_at(warp));
+    };
+    const auto position_of = [&](int token) { return (int)load_fresh((const u32*)(pos + b * T + token)); };
+    // The position of one token is as old as the step. Those of several may have just been computed: what lies there until
+    // then is most often right, since all layers have the same, and else this begins again.
+    begin(min(max(position_of(0), 0), S - 1));
+    if (T == 1 && split >= n) return;
     // From here on the kernel before this one is complete; the next one may start, and send for its weights.
     asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+    if (T > 1) {
+        const int now = position_of(0);
+        if (now != p) begin(now);
+    }
+    if (split >= n) return;
+    const bool last = split == n - 1;  // takes the new tokens too
+    const int tiles = old + last;
+    if (threadIdx.x < T) position[threadIdx.x] = T > 1 ? position_of(threadIdx.x) : p;
 
     // Queries, and the new keys: normalized, rotated, into shared memory too.
     for (int r = warp; r < R + (last ? T : 0); r += WARPS) {
@@ -183,7 +193,7 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
             }
         }
         u16* to = (u16*)(query ? q + r * PITCH : k_new + (r - R) * PITCH);
-        u16* cached = query || r0 ? to : k_cache + cell + pos[token] * D;
+        u16* cached = query || r0 ? to : k_cache + cell + (i64)(T > 1 ? position_of(r - R) : p) * D;
         #pragma unroll
         for (int i = 0; i < PLANES; i++) {
             const u16 a = to_bf16(lo[i] * c[i] - hi[i] * s[i]), d = to_bf16(hi[i] * c[i] + lo[i] * s[i]);
@@ -197,10 +207,13 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
             const int token = b * T + i / (D / 2), d = i % (D / 2);
             const u32 v = load_fresh((const u32*)(qkv + (i64)token * width + (KV * (G + 1) + head) * D) + d);
             ((u32*)(v_new + i / (D / 2) * PITCH))[d] = v;
-            if (r0 == 0) ((u32*)(v_cache + cell + pos[token] * D))[d] = v;
+            if (r0 == 0) ((u32*)(v_cache + cell + (i64)(T > 1 ? position_of(i / (D / 2)) : p) * D))[d] = v;
         }
     __syncthreads();
 
+    int row_pos[2];  // of query rows 2t and 2t + 1; rows beyond R are computed from what lies there, and not stored
+    #pragma unroll
+    for (int h = 0; h < 2; h++) row_pos[h] = position[(r0 + min(2 * t + h, R - 1)) / G];
     Rows rows;
     rows.top[0] = rows.top[1] = MINUS_INFINITY, rows.total[0] = rows.total[1] = 0;
     #pragma unroll
@@ -213,8 +226,8 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
         attend(rows, q, keys, values, scale, softcap, [&](int h, int j) {
             if (j >= exist) return false;
             if (i < old) return !window || start + 16 * i + j > row_pos[h] - window;
-            const int here = pos[b * T + j];  // a token that only repeats the one before it is not seen twice
-            return here <= row_pos[h] && (j == 0 || here != pos[b * T + j - 1]) && (!window || here > row_pos[h] - window);
+            const int here = position[j];  // a token that only repeats the one before it is not seen twice
+            return here <= row_pos[h] && (j == 0 || here != position[j - 1]) && (!window || here > row_pos[h] - window);
         });
         if (i + WARPS < old) load(keys, slots_at(i + WARPS)), load(values, slots_at(i + WARPS));
     }
