@@ -12,14 +12,16 @@
 // its 128 neighbours (int4: 32), two digits of 8 bits, each a column of its own. fp8 becomes fp16, and so does x, relative
 // to the largest of 128. With many rows of x, int4 becomes bf16: 128 + q, whose last bits q is, so that x stays as it is,
 // and what is too much in a group's products is the sum of x times 128 plus its zero. One or two last warps add up
-// what these leave for a tile of 16 rows, and store it, while they are at the next one.
+// what these leave for a tile of 16 rows, and store it, while they are at the next one: with many rows of x they have
+// hardly time for it.
 //
 // Where x has several rows, to prepare it takes each block a while. Then two neighbouring blocks (a cluster) take the same
 // rows of W, half of the columns each, and so prepare half of x; they finish tiles in turn, and send each other what the
 // other's tiles lack.
 //
 // Set at compilation: KIND (0 bf16, 1 fp8 e4m3, 2 int8, 3 int4), GROUP (of int4, else any), ROOM (rows of x it has
-// room for), CHUNK, WARPS (that multiply), WORDS (of a row's scales and zeros, of int4, that are copied in one piece),
+// room for), CHUNK, WARPS (that multiply), ONE (whether a block's columns of a row of W are one chunk; only of int4: then x
+// stays in registers), WORDS (of a row's scales and zeros, of int4, that are copied in one piece),
 // SPLIT (1, or 2 blocks that share tiles), WORLD (1, or GPUs that add up what each of them has: y is then the words that
 // exchange_cuda.cu reads, in the memory of all of them). Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor,
 // mbarrier, griddepcontrol, mapa, st.async).
@@ -394,7 +396,8 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
     if (SPLIT > 1 && pending >= 0) store(pending);
 }
 
-struct alignas(8) X { u32 of[ROOM == 1 ? 8 : NIBBLES ? 4 : 2]; };   // of int4, what of x a thread multiplies with a batch
+// int4: what of x a thread multiplies with a batch of columns.
+struct alignas(ROOM == 1 || NIBBLES ? 16 : 8) X { u32 of[ROOM == 1 ? 8 : NIBBLES ? 4 : 2]; };
 
 constexpr int PIECES = ROOM == 1 ? 2 : 1;          // of eight neighbouring elements of x, that a thread turns at a time
 
@@ -543,19 +546,20 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
         }
     };
 
-    // A row of x that there is none of in a column gives sums that nobody reads. Where most columns have one, the others
-    // repeat the last, which is cheaper than zeros.
+    // Sums of columns that there is no row of x for are not read. Where there is one for most columns, the others repeat the
+    // last, which is cheaper than zeros.
     const int in_columns = HALVES ? M : 2 * M;
     const bool mine = (HALVES ? ROOM : 2 * ROOM) >= 8 || g % PLANES < in_columns;
     const u8* x_of[2] = {xs + min(g % PLANES, in_columns - 1) * x_pitch, xs + min(g + 8, in_columns - 1) * x_pitch};
-    // int4: of a share that begins at a byte of W's rows, batch b of columns: where its group is (in 32 columns), what of x
-    // a thread multiplies, and x's unit and sum (of each of 8 rows, or a row of t's).
+    // int4, of batch b of the columns that begin at a byte of W's rows: whose scale a thread needs (in 32 columns), what of x
+    // it multiplies, and x's unit and sum; where x is bf16, sums of two rows.
     const auto slot_of = [&](int b) { return ROOM == 1 ? 2 * t + b : b * SLOTS + t / (PLANES / 2); };
     const auto x_at = [&](int at, int b) {
         X v = {};
         if constexpr (ROOM == 1) {
             if (g / 2 == t)
-                for (int j = 0; j < 2; j++) ((uint4*)v.of)[j] = *(const uint4*)(xs + g % 2 * x_pitch + 2 * (at + 16 * slot_of(b)) + 16 * j);
+                for (int j = 0; j < 2; j++)
+                    ((uint4*)v.of)[j] = *(const uint4*)(xs + g % 2 * x_pitch + 2 * (at + 16 * slot_of(b)) + 16 * j);
         } else if constexpr (NIBBLES)
             *(uint4*)v.of = *(const uint4*)(x_of[0] + 4 * (at + 16 * b + 4 * t));
         else if (mine)
@@ -617,21 +621,23 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                     warp % (WARPS / GROUPS) * LANES + lane % LANES] = sums[0];
         }
 
-        X kept[BLOCKS][BATCHES];  // where a warp multiplies the same columns of every tile
+        X kept[BLOCKS][BATCHES];  // of x, where a warp multiplies the same columns of every tile
         float2 kept_unit[BLOCKS][BATCHES];
         if constexpr (ONE)
             #pragma unroll
             for (int i = 0; i < BLOCKS; i++)
                 #pragma unroll
-                for (int b = 0; b < BATCHES; b++)
-                    kept[i][b] = x_at((i * WARPS + warp) * SHARE, b), kept_unit[i][b] = unit_at((i * WARPS + warp) * SHARE, b);
+                for (int b = 0; b < BATCHES; b++) {
+                    const int at = (i * WARPS + warp) * SHARE;
+                    kept[i][b] = x_at(at, b), kept_unit[i][b] = unit_at(at, b);
+                }
 
         for (;; turn++) {
             float c[CHAINS][4] = {}, sum[TILES][2] = {};
             wait_for(ring.full + ring.stage * 8, ring.parity);
             const Tile tile = tile_of[ring.stage];
             const bool end = tile.rows == 0;
-            for (int k = 0, chunk = ONE ? 0 : tile.chunk; k < (end ? 0 : count); k++, chunk = chunk + 1 < count ? chunk + 1 : 0) {
+            for (int k = 0, chunk = ONE ? 0 : tile.chunk; k < (end ? 0 : count); k++) {
                 if (k) wait_for(ring.full + ring.stage * 8, ring.parity);
                 // Weights into registers, so that the stage can be filled again soon.
                 uint4 w[BLOCKS][SHARE / 32];
@@ -655,7 +661,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                                 }
                         }
                     if constexpr (KIND == 3 && ROOM > 1) {
-                        // Word t of rows g and g + 8, of two 16-byte words at a time, whose rows lanes 8 j ... have addresses of.
+                        // Words t of rows g and g + 8, of two pieces of 16 bytes at a time; each lane tells where one piece is.
                         const u8* row = stage + byte / 128 * 1024 + lane / 8 % 2 * HALF + lane % 8 * 128;
                         #pragma unroll
                         for (int j = 0; j < SHARE / 32; j++)
@@ -692,7 +698,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                             float dot[4] = {};
                             mma(dot, two_nibbles(lo, 0), two_nibbles(hi, 0), two_nibbles(lo, 1), two_nibbles(hi, 1), v.of[0], v.of[1]);
                             mma(dot, two_nibbles(lo, 2), two_nibbles(hi, 2), two_nibbles(lo, 3), two_nibbles(hi, 3), v.of[2], v.of[3]);
-                            const float2 total = unit_at(at, b);  // to keep these too, there are no registers
+                            const float2 total = unit_at(at, b);  // there are no registers to keep these too
                             const float scales[2] = {fp16(s_lo), fp16(s_hi)};
                             const float zeros[2] = {-128 - fp16(s_lo >> 16), -128 - fp16(s_hi >> 16)};
                             #pragma unroll
@@ -768,6 +774,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                     }
                 }
                 if (ROOM > 1) ring.release(lane);
+                chunk = chunk + 1 < count ? chunk + 1 : 0;
             }
             if (end) {
                 ring.release(lane);

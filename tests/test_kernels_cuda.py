@@ -139,6 +139,33 @@ if GPU:
         assert ran == 72
 
     @pytest.mark.gpu
+    def test_attend_may_guess_wrong(monkeypatch):
+        """Where the position of several tokens is not there yet, what was read meanwhile is not used."""
+        torch.manual_seed(0)
+        B, T, K, G, D, S = 2, 3, 8, 4, 128, 2048
+        rope = [torch.rand(B, T, 1, D // 2, device="cuda") for _ in range(2)]
+        count = torch.zeros(k.MAX_COUNTS, dtype=torch.int32, device="cuda")
+        caches = [torch.randn(B, K, S, D, device="cuda").bfloat16() for _ in range(2)]
+        qkv = torch.randn(B, T, (G + 2) * K * D, device="cuda").bfloat16()
+        steps = torch.arange(T, device="cuda")
+        where = [torch.tensor([[p], [p + 9]], device="cuda") + steps for p in (0, 20, 255, 1500)]
+
+        def results():
+            k._function.cache_clear(), k._module.cache_clear()
+            new = [c.clone() for c in caches]
+            return [k.attend(qkv, *rope, pos, *new, count, None, None, G, 0.1, 0.0, 0, 0.0, 0.0) for pos in where] + new
+
+        want = results()
+        source = Path(k.__file__).with_name("attend_cuda.cu").read_bytes()
+        for guess in (b"0", b"S - 1", b"(position_of(0) * 13 + 77 * (int)blockIdx.x) % S"):
+            wrong = source.replace(b"begin(min(max(position_of(0), 0), S - 1));", b"begin(" + guess + b");")
+            assert wrong != source
+            monkeypatch.setattr(Path, "read_bytes", lambda self, wrong=wrong: wrong)
+            assert all(torch.equal(a, b) for a, b in zip(results(), want, strict=True)), guess
+            monkeypatch.undo()
+        k._function.cache_clear(), k._module.cache_clear()
+
+    @pytest.mark.gpu
     @pytest.mark.parametrize("world", (2, 3, 4))
     def test_exchange(world):
         """Ranks as streams of one GPU: sums and gathers of all sizes, one after another, also as a replayed graph, and
