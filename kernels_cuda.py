@@ -128,8 +128,9 @@ def attend(qkv, cos, sin, pos, k_cache, v_cache, count, q_norm, k_norm, group, s
     """The operator hotloop::attend (see kernels.FusedAttention) for what `supports_attend` accepts.
 
     qkv bf16 [B, T, (H + 2K) D], cos and sin float32 [B, T, 1, D/2], all of which may be on their way from the kernel
-    before this one; pos int64 [B, T], which may be so if T > 1, else it is older, as older slots are; caches bf16 [B or
-    more, K, S, D], which are written to; count int32 [MAX_COUNTS], zero before and after. -> bf16 [B, T, H D].
+    before this one; pos int64 [B, T], all within the cache, which may be so if T > 1, else it is older; caches bf16
+    [B or more, K, S, D], which are written to, and whose slots before a row's first position are older than that
+    kernel; count int32 [MAX_COUNTS], zero before and after. -> bf16 [B, T, H D].
     """
     B, T = qkv.shape[:2]
     K, S, D = k_cache.shape[1:]

@@ -85,8 +85,9 @@ class Lifeline:
             while len(self.peers) < self.world - 1:
                 peer, _ = server.accept()
                 peer.settimeout(60)
-                word, _, rank = peer.makefile().readline().partition(" ")
-                if word == token:
+                # Unbuffered: a rank that has failed already has sent more, which is the watching thread's.
+                word, _, rank = peer.makefile("rb", buffering=0).readline(100).partition(b" ")
+                if word == token.encode():
                     self.peers[peer] = int(rank)
                 else:
                     peer.close()

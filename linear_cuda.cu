@@ -397,7 +397,7 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
 }
 
 // int4: what of x a thread multiplies with a batch of columns.
-struct alignas(ROOM == 1 || NIBBLES ? 16 : 8) X { u32 of[ROOM == 1 ? 8 : NIBBLES ? 4 : 2]; };
+union X { u32 of[8]; uint2 two; uint4 four[2]; };  // as much of it as there is
 
 constexpr int PIECES = ROOM == 1 ? 2 : 1;          // of eight neighbouring elements of x, that a thread turns at a time
 
@@ -546,7 +546,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
         }
     };
 
-    // Sums of columns that there is no row of x for are not read. Where there is one for most columns, the others repeat the
+    // Sums of columns that there is no row of x for are not stored. Where there is one for most columns, the others repeat the
     // last, which is cheaper than zeros.
     const int in_columns = HALVES ? M : 2 * M;
     const bool mine = (HALVES ? ROOM : 2 * ROOM) >= 8 || g % PLANES < in_columns;
@@ -559,11 +559,11 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
         if constexpr (ROOM == 1) {
             if (g / 2 == t)
                 for (int j = 0; j < 2; j++)
-                    ((uint4*)v.of)[j] = *(const uint4*)(xs + g % 2 * x_pitch + 2 * (at + 16 * slot_of(b)) + 16 * j);
+                    v.four[j] = *(const uint4*)(xs + g % 2 * x_pitch + 2 * (at + 16 * slot_of(b)) + 16 * j);
         } else if constexpr (NIBBLES)
-            *(uint4*)v.of = *(const uint4*)(x_of[0] + 4 * (at + 16 * b + 4 * t));
+            v.four[0] = *(const uint4*)(x_of[0] + 4 * (at + 16 * b + 4 * t));
         else if (mine)
-            *(uint2*)v.of = *(const uint2*)(x_of[0] + 2 * (at + 16 * (b * SLOTS + g / PLANES) + 4 * t));
+            v.two = *(const uint2*)(x_of[0] + 2 * (at + 16 * (b * SLOTS + g / PLANES) + 4 * t));
         return v;
     };
     const auto unit_at = [&](int at, int b) {

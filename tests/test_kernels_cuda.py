@@ -16,6 +16,7 @@ from tokenizer import Tokenizer
 
 GPU = torch.cuda.is_available() and k.available(torch.device("cuda", 0))
 SHAPES = [(333, 512), (66, 1024), (12345, 1024), (1000, 4096), (4096, 2048), (5, 512), (48, 14336), (50, 22016)]
+SHAPES += [(40, 3584), (40, 7168), (40, 8192)]  # of int4 other variants: whether a row is one chunk, shared, or neither
 KINDS = [("bf16", 0), ("fp8", 0), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 128)]
 
 
@@ -152,8 +153,12 @@ if GPU:
 
         def results():
             k._function.cache_clear(), k._module.cache_clear()
-            new = [c.clone() for c in caches]
-            return [k.attend(qkv, *rope, pos, *new, count, None, None, G, 0.1, 0.0, 0, 0.0, 0.0) for pos in where] + new
+            all_new = []
+            for pos in where:  # each with caches of its own: what is old has to be older than the kernel before
+                new = [c.clone() for c in caches]
+                y = k.attend(qkv, *rope, pos, *new, count, None, None, G, 0.1, 0.0, 0, 0.0, 0.0)
+                all_new += [y, *new]
+            return all_new
 
         want = results()
         source = Path(k.__file__).with_name("attend_cuda.cu").read_bytes()
@@ -222,7 +227,8 @@ if GPU:
         ranks = [k.Exchange(words[r], [w.data_ptr() for w in words], r) for r in range(world)]
         streams = [torch.cuda.Stream() for _ in range(world)]
         cases = []
-        for M, N, K in ((1, 1000, 1024), (5, 2000, 2048), (1, 4096, 1024), (8, 1000, 8192), (2, 66, 512)):
+        sizes = (1, 1000, 1024), (5, 2000, 2048), (1, 4096, 1024), (8, 1000, 8192), (3, 500, 1024), (2, 66, 512)
+        for M, N, K in sizes:
             parts = [stored(kind, N, K, group) for _ in ranks]
             x = [torch.randn(M, K, device="cuda").bfloat16() for _ in ranks]
             residual = torch.randn(M, N, device="cuda").bfloat16() * 100

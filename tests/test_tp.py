@@ -8,10 +8,13 @@ Try it:  python -m pytest tests/test_tp.py
 
 import json
 import os
+import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -625,6 +628,25 @@ def test_bad_input_is_one_line_of_rank_0(name, line, runs):
     assert run.rc != 0 and len(run.lines) == 1, run.err
     assert re.fullmatch(f"generate.py: ({line})", run.lines[0])
     assert run.codes["0"] == "2", run.err
+
+
+def test_a_failure_right_after_joining_is_heard():
+    """Whoever lets ranks in takes no more of a connection than the word: what follows may be a reason to end."""
+    line, found = lifeline.Lifeline.__new__(lifeline.Lifeline), queue.Queue()
+    line.world, line.peers = 2, {}
+
+    def connect():
+        port, token = found.get()
+        with socket.create_connection(("localhost", port)) as rank:
+            rank.sendall(f"{token} 1\n".encode() + b"why it failed\n")
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    line._accept(types.SimpleNamespace(broadcast=found.put))
+    thread.join()
+    (peer,) = line.peers
+    with peer:
+        assert line.peers[peer] == 1 and peer.recv(100) == b"why it failed\n"
 
 
 def test_interrupt_ends_everything(runs):
