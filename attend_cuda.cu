@@ -158,7 +158,7 @@ attend(const u16* __restrict__ qkv, const float* __restrict__ cos, const float* 
     // The position of one token is as old as the step. Those of several may have just been computed: what lies there until
     // then is most often right, since all layers have the same, and else this begins again.
     begin(min(max(position_of(0), 0), S - 1));
-    if (T == 1 && split >= n) return;
+    if (T == 1 && split >= n) return;  // at once: what comes after this kernel may have the multiprocessor
     // From here on the kernel before this one is complete; the next one may start, and send for its weights.
     asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
     if (T > 1) {
