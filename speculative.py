@@ -228,12 +228,12 @@ class Pace:
 
     A step at k gives 1 + sum over j <= k of P(the first j are kept) tokens for cost(k) seconds; the best ratio wins.
     What speculation may lose against plain decoding is bounded: `slack`, in plain steps, starts at a few, grows by a
-    hundredth each token and by what is gained, shrinks by what is lost, and nothing is tried whose worst case, no token
-    kept, exceeds it. What was seen to pay may risk half of what it promises for the rest of the text, and so many steps
-    as are a small part of that. So at least 95% of plain decoding's speed remain after some 200 tokens.
+    two-hundredth each token and by what is gained, shrinks by what is lost, and nothing is tried whose worst case, no
+    token kept, exceeds it. What was seen to pay may risk half of what it promises for the rest of the text, and so many
+    steps as are a small part of that. So at least 95% of plain decoding's speed remain after some 200 tokens.
     """
 
-    START, CAP, GROWTH, BOLD = 6.0, 10.0, 0.01, 0.03
+    START, CAP, GROWTH, BOLD = 6.0, 10.0, 0.005, 0.03
     TRIAL = 3  # steps in a row when speculation begins: the draft has to catch up, which one step would not pay back
     WAIT = 16  # plain steps before the next trial, doubled each time that one is in vain
     MARGIN = 1.05  # measured costs are that uncertain: what promises less is not begun
@@ -256,13 +256,13 @@ class Pace:
         known = min((d for d in self.depths if self.costs[d]), key=lambda d: abs(d - k), default=None)
         return plain * (1 + 0.25 * k) if known is None else plain + (self.cost(known) - plain) * k / known
 
-    def tokens(self, k: int) -> float:
-        """Tokens a step at k is expected to give."""
-        total, all_kept, rate = 1.0, 1.0, 0.7
-        for reached, kept in zip(self.reached[:k], self.kept[:k], strict=True):
+    def tokens(self) -> list[float]:
+        """Tokens that a step is expected to give, at each k from 0 on."""
+        total, all_kept, rate = [1.0], 1.0, 0.7
+        for reached, kept in zip(self.reached, self.kept, strict=True):
             rate = (kept + rate) / (reached + 1)  # where little was seen, as at the position before
             all_kept *= rate
-            total += all_kept
+            total.append(total[-1] + all_kept)
         return total
 
     def begin(self) -> None:
@@ -270,8 +270,8 @@ class Pace:
         self.trial = self.steps = 0
         self.plain_steps = max(4, self.plain_steps // 4 * 4)  # to be thought about at once
 
-    def choose(self, lacks: int = 0, left: int = 1000) -> int:
-        """The k of the next step. lacks: tokens that the draft would have to catch up; left: tokens to come at most."""
+    def choose(self, lacks: Callable[[], int] = int, left: int = 1000) -> int:
+        """The k of the next step. lacks(): tokens that the draft would have to catch up; left: to come at most."""
         if len(self.costs[0]) < 2 or self.steps >= self.REFRESH:
             return 0
         if self.trial:
@@ -281,15 +281,16 @@ class Pace:
             return 0
         plain, begins = self.cost(0), self.plain_steps > 0
         rate = self.rate if math.isfinite(self.rate) else 0.0  # where nobody knows, it has to be tried
-        steps, entry = (self.TRIAL, lacks * rate / plain) if begins else (1, 0.0)
+        steps, entry = (self.TRIAL, lacks() * rate / plain) if begins else (1, 0.0)
+        cost, tokens = {0: 1.0, **{k: self.cost(k) / plain for k in self.depths}}, self.tokens()
         # In plain steps: what is lost if no token is kept, and what is gained if all goes on as it was seen to go.
-        risk = {k: steps * (self.cost(k) / plain - 1) + entry for k in self.depths}
-        gain = {k: left * (1 - self.cost(k) / plain / self.tokens(k)) - entry for k in self.depths}
+        risk = {k: steps * (cost[k] - 1) + entry for k in self.depths}
+        gain = {k: left * (1 - cost[k] / tokens[k]) - entry for k in self.depths}
         seen = self.reached[0] >= 10
         safe = [k for k in self.depths if risk[k] <= self.slack]
         known = [k for k in self.depths if seen and len(self.costs[k]) >= self.TRIAL]
         paid = [k for k in known if risk[k] <= min(gain[k] / 2, self.BOLD * left)]
-        best = max((0, *{*safe, *paid}), key=lambda k: self.tokens(k) / self.cost(k) * (1 if k else self.MARGIN))
+        best = max((0, *{*safe, *paid}), key=lambda k: tokens[k] / cost[k] * (1 if k else self.MARGIN))
         if best and begins and gain[best] <= 0:  # it would pay, but too little is left
             best = 0
         if best == 0 and safe and self.plain_steps >= self.WAIT * self.doubt:  # has the text changed?
@@ -313,7 +314,7 @@ class Pace:
         """
         if caught:  # of few tokens each takes longer, and that is not worth knowing
             self.rate, self.guessed = more / caught if self.guessed else min(1.25 * self.rate, more / caught), False
-        expected = self.cost(k) if self.costs[0] else seconds
+        expected = self.cost(k) if k and self.costs[0] else seconds
         self.costs[k].append(seconds)
         self.plain_steps, self.steps = (0, self.steps + 1) if k else (self.plain_steps + 1, 0)
         for n in kept:
@@ -354,7 +355,7 @@ class Step:
     def __init__(self, k: int, tokens: Tensor, real: Sequence[bool], marks: Sequence):
         self.k, self.tokens, self.real, self.marks = k, tokens.to("cpu", non_blocking=True), real, marks
         self.caught = 0  # tokens that the draft caught up before
-        self.arrived = mark(tokens.device)
+        self.arrived = None if tokens.device.type == "cpu" else mark(tokens.device)
 
     def read(self) -> tuple[list[list[int]], list[float]]:
         """Wait for it -> (each row's tokens, -1 beyond those accepted; seconds between the marks).
@@ -448,7 +449,7 @@ class Speculation:
         """The k of the next step after `rows`, where at most so many tokens are left to come."""
         if self.forced is not None:
             return self.forced
-        return self.pace.choose(self.lacks(rows, done), left) if self.pace else self.max_k
+        return self.pace.choose(lambda: self.lacks(rows, done), left) if self.pace else self.max_k
 
     def lacks(self, rows: Sequence[Sequence[int]], done: Sequence[bool]) -> int:
         """How many tokens the draft has to catch up, of the row that lacks most; its next pass feeds the last two."""
@@ -577,7 +578,7 @@ def speculate(
             missing = max((end - len(row) for row, end, d in zip(rows, ends, done, strict=True) if not d), default=0)
             if missing <= len(queue):  # each step brings one token at least
                 break
-            begin = mark(device)
+            begin = ended or mark(device)
             k, proposals, caught = speculation.choose(rows, done, missing), None, 0
             if k and draft is None:
                 for b, row in enumerate(rows):
@@ -592,7 +593,7 @@ def speculate(
                 caught = speculation.catch_up(s, rows, done)
                 plain = None
             now = mark(device)
-            marks = [ended or begin, ready if caught else now, now]
+            marks = [begin, ready if caught else now, now]
             length, reach = min(reach, max(ends)), reach + k + 1
             if k:
                 queue.append(speculation.launch(model, s, k, proposals, length, sampler, marks))

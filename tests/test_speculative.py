@@ -4,6 +4,7 @@ Try it:  python -m pytest tests/test_speculative.py -k accept
          python tests/test_speculative.py --many 200       # the bundled pair on so many prompts; minutes
 """
 
+import functools
 import inspect
 import json
 import random
@@ -562,7 +563,7 @@ def simulate(rate, cost, n: int, pace: Pace | None = None, seed=0, lacks=20) -> 
     pace.guess(0.1)  # from the model's prefill
     done, took, steps, last = 0, 0.0, {}, 0
     while done < n:
-        k = pace.choose(lacks=0 if last else lacks, left=n - done)
+        k = pace.choose(lacks=functools.partial(int, 0 if last else lacks), left=n - done)
         kept = next((i for i in range(k) if rng.random() >= rate(done)), k)
         caught, lacks = (lacks, 20) if k and not last else (0, lacks)  # by the draft, in a tenth of a plain step each
         seconds = cost(k) * rng.uniform(0.9, 1.1)
@@ -601,17 +602,17 @@ def test_auto_asks_what_catching_up_costs():
     pace = Pace()
     pace.guess(0.1)
     for _ in range(100):
-        assert pace.choose(lacks=200, left=100) == 0  # 20 steps: more than may be lost
+        assert pace.choose(lacks=lambda: 200, left=100) == 0  # 20 steps: more than may be lost
         pace.learn(0, 1.0, 1, [])
     pace.guess(0.01)
-    steps = [k for k in (pace.choose(lacks=200, left=100) for _ in range(4)) if k or pace.learn(0, 1.0, 1, [])]
+    steps = [k for k in (pace.choose(lacks=lambda: 200, left=100) for _ in range(4)) if k or pace.learn(0, 1.0, 1, [])]
     assert steps
     for i in range(30):
         pace.learn(4, 1.5, 5, [4], 2.0 if i == 0 else 0.0, 200 if i == 0 else 0)
     pace.trial, pace.plain_steps, pace.slack = 0, 4, 0.0
-    assert pace.choose(lacks=200, left=200) == 4 and pace.trial  # 3.5 steps, for 200 tokens at 3.3 times the speed
+    assert pace.choose(lacks=lambda: 200, left=200) == 4 and pace.trial  # 3.5 steps, for 200 tokens 3.3 times as fast
     pace.trial, pace.plain_steps = 0, 4
-    assert pace.choose(lacks=200, left=100) == 0 and pace.choose(lacks=200, left=2) == 0
+    assert pace.choose(lacks=lambda: 200, left=100) == 0 and pace.choose(lacks=lambda: 200, left=2) == 0
 
 
 def test_auto_outlives_a_bad_text():
@@ -628,7 +629,7 @@ def test_auto_measures_what_catching_up_costs(tiny):
     how = speculation("auto", draft)
     columns(generate(model, [tokens(50)], 2, Sampler(), speculation=how))  # too few to try anything
     assert 0 < how.pace.rate < 1 and how.pace.guessed  # by the model's own prefill
-    how.pace.choose = lambda lacks, left: asked.append(lacks) or 2
+    how.pace.choose = lambda lacks, left: asked.append(lacks()) or 2
     asked = []
     columns(generate(model, [tokens(50)], 12, Sampler(), speculation=how))
     assert asked[0] == 49 and asked[1] == 0 and not how.pace.guessed
