@@ -27,9 +27,10 @@ MAX_ROWS = 8
 COLUMNS = (64, 128, 128, 256)  # by kind: what columns must be a multiple of, 128 bytes
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 TILE_ROWS, FLIGHT = 16, 4096  # as in linear_cuda.cu: rows of a tile, bytes of each that are on their way at most
-PLACES = 4  # for a tile's sums that another block sends
+PLACES = {1: 0, 2: 4, 4: 2}  # for tiles' sums that each other block sends, of so many blocks
 MAX_COLUMNS, MAX_PANELS = 32768, 8
 SPLIT, SPLIT_PAIRS = 28672, 65536  # rows times columns of x from which on two blocks share tiles
+REGISTERS = 4096  # columns of x that fit into registers, of int4
 MAX_STAGES = (5, 5, 5, 3)  # by kind; more take memory from the L1 cache, and are slower
 
 
@@ -75,8 +76,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     with a norm or an activation, which need all columns.
 
     Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative to the largest of 128 columns, or of 32;
-    fp8 ones as fp16, relative to the largest of 128; int4 ones, of more than 4 rows, as the bf16 that it is, below
-    2^115. Of a row of x that is not finite, where it is relative to the largest, all results are nan. x may still be on
+    fp8 ones as fp16, relative to the largest of 128; int4 ones, of more than 4 rows, as fp16, relative to the largest
+    of 128 or 256. Of a row of x that is not finite, but for bf16 weights, all results are nan. x may still be on
     its way from the kernel before this one. Raises RuntimeError where the driver or the compiler reports an error.
     """
     K = x.shape[-1]
@@ -95,11 +96,10 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     values = [maps, *pointers, M, N, K, eps, offset, ACTIVATIONS[activation], plan.stages, plan.panels]
     values += [_tickets(x.device)[next(_turns) % TURNS] if plan.dynamic else None, words]
     options = (f"KIND={kind}", f"GROUP={group}", f"ROOM={plan.room}", f"CHUNK={plan.chunk}", f"WARPS={plan.warps}")
-    one = kind == 3 and plan.own // 2 <= plan.chunk
-    options += f"WORDS={groups}", f"SPLIT={plan.split}", f"ONE={int(one)}"
+    options += f"WORDS={groups}", f"SPLIT={plan.split}", f"ONE={int(plan.one)}"
     options += (f"WORLD={1 if exchange is None else exchange.world}",)
     function = _function("linear", options, x.device)
-    blocks = _multiprocessors(x.device) // plan.split * plan.split
+    blocks = _clusters(options, plan, x.device) * plan.split
     _launch(function, (blocks, 1), plan.threads, plan.shared, values, x.device, cluster=plan.split)
     return y if exchange is None else exchange.collect(residual, y)
 
@@ -249,6 +249,7 @@ class Plan(NamedTuple):
     split: int  # blocks that share tiles, each of which takes some of the columns
     own: int  # columns of a block
     chunk: int  # bytes that are copied of a row at a time
+    one: bool  # int4: whether a block's columns are one chunk; x stays in registers then
     room: int  # rows of x that the variant has room for
     warps: int  # that multiply
     threads: int  # of these warps, of the one that sends for weights, and of those that finish sums
@@ -265,6 +266,11 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
     unit = 8 * group if kind == 3 else COLUMNS[kind]  # columns that go together
     # Where there is much of x, each block prepares half of it; not where tiles are short, which it makes shorter still.
     split = 2 if room > 1 and room * K >= (SPLIT_PAIRS if pairs else SPLIT) and K >= 2 * unit else 1
+    as_fp16 = kind == 3 and room == 8
+    if kind == 3 and room >= 4 and K > 2 * REGISTERS and 3 * -(-K // unit // 4) * unit < K:
+        split = 4  # x stays in registers then, or more of it is there at a time
+    elif as_fp16 and K <= REGISTERS:  # it does so anyway, and is prepared soon
+        split = 1
     own = -(-K // unit // split) * unit
     chunk = 1024 if own * 128 // COLUMNS[kind] <= 1024 else 2048
     warps, finishers = 8 if room == 1 else 16, 1 + (room >= 4)
@@ -272,32 +278,43 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
     stage = TILE_ROWS * chunk + (TILE_ROWS * chunk * 8 // group if kind == 3 else 0) + 24
     in_chunk = chunk * COLUMNS[kind] // 128  # columns
     chunks = -(-own // in_chunk)
+    one = kind == 3 and chunks == 1
     step, blocks = TILE_ROWS // (2 if pairs else 1), _multiprocessors(device) // split
     rounds = N // (step * blocks)
+    fewest = _fewest(blocks, split)
     # An even share of what does not go round is better where it spares each block half of a tile.
     dynamic = split == 1 and (rounds >= 4 or (rounds > 0 and (pairs or -(-(N % (step * blocks)) // blocks) > 8)))
     plans = []
     for panels in range(1, chunks + 1):
         columns = -(-chunks // panels) * in_chunk
-        nibbles = kind == 3 and room == 8
-        row, bank = 2 * columns if kind < 2 or nibbles else columns, (64 if nibbles else 32) if kind == 3 else 16
-        x = (M if kind < 2 or nibbles else 2 * M) * (row + (bank - row) % 128)
-        units = room * columns // (32 if kind == 3 else 128) * (8 if kind == 3 and not nibbles else 4) * (kind > 0)
+        row, bank = 2 * columns if kind < 2 else columns, 32 if kind == 3 else 16
+        x = (M if kind < 2 else 2 * M) * (row + (bank - row) % 128)
+        units = room * columns // (32 if kind == 3 else 128) * (8 if kind == 3 else 4) * (kind > 0)
+        if as_fp16:  # and what undoes that x is relative to its largest
+            x = 0 if one else columns // in_chunk * (room * 2 * in_chunk + warps * room * 4)
         parts = 2 * warps * TILE_ROWS * room * 4
         sums = warps * 128  # of squares
-        sums += (PLACES * max(1, room // 2) + finishers) * 128 * (split - 1)  # and what the other block sends
-        totals = (rounds + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
+        sums += (PLACES[split] * max(1, room // 2) + finishers) * 128 * (split - 1)  # and what other blocks send
+        totals = (N // (step * fewest) + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
         base = x + units + parts + sums + totals + 32 * (1 + finishers)  # barriers of two tiles in turn, and of places
         stages = min(MAX_STAGES[kind] * 2048 // chunk, (most - base) // stage)
         if columns * (panels - 1) < own:  # the last panel is not empty
             shared = base + stages * stage
-            plans.append(Plan(split, own, chunk, room, warps, threads, stages, panels, panels == 1 and dynamic, shared))
+            own_pace = panels == 1 and dynamic
+            plans.append(Plan(split, own, chunk, one, room, warps, threads, stages, panels, own_pace, shared))
     return max(plans, key=lambda plan: (min(plan.stages, 4 * 2048 // chunk), -plan.panels, plan.stages))
 
 
 # ------------------------------------------------------------------------------------------- compilation and launch
 class _Attribute(ctypes.Structure):
     _fields_ = [("id", ctypes.c_uint), ("pad", ctypes.c_uint), ("value", ctypes.c_uint * 16)]
+
+
+def _cluster(blocks: int) -> _Attribute:
+    """CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION."""
+    attribute = _Attribute(id=4)
+    attribute.value[:3] = blocks, 1, 1
+    return attribute
 
 
 class _Config(ctypes.Structure):
@@ -337,6 +354,30 @@ def _multiprocessors(device: torch.device) -> int:
 def _shared_memory(device: torch.device) -> int:
     """Bytes that a block can have."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _fewest(clusters: int, split: int) -> int:
+    """At least so many are launched of clusters that all multiprocessors would hold.
+
+    Multiprocessors come in pairs; of fours some are left over, since a cluster's are neighbours: 12 of an H200's 132.
+    """
+    return clusters if split < 4 else max(1, clusters * 3 // 4)
+
+
+@functools.cache
+def _clusters(options: tuple[str, ...], plan: Plan, device: torch.device) -> int:
+    """How many clusters of blocks, one to a multiprocessor, to launch: as many as run at a time."""
+    count, most = ctypes.c_int(), _multiprocessors(device) // plan.split
+    if (fewest := _fewest(most, plan.split)) == most:
+        return most
+    config = _Config(grid=(most * plan.split, 1, 1), block=(plan.threads, 1, 1), shared=plan.shared, n_attributes=1)
+    config.attributes = ctypes.pointer(_cluster(plan.split))
+    with torch.cuda.device(device):
+        found = _libraries()[1].cuOccupancyMaxActiveClusters(
+            ctypes.byref(count), _function("linear", options, device), ctypes.byref(config)
+        )
+    _check(found, "cuOccupancyMaxActiveClusters")
+    return max(min(count.value, most), fewest)
 
 
 @functools.cache
@@ -410,8 +451,7 @@ def _launch(function: ctypes.c_void_p, grid: tuple[int, int], threads: int, shar
     clusters of that many blocks."""
     values = [_argument(v) for v in values]
     parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-    attributes = (_Attribute * 2)(_Attribute(id=4), _Attribute(id=6))
-    attributes[0].value[:3] = cluster, 1, 1  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    attributes = (_Attribute * 2)(_cluster(cluster), _Attribute(id=6))
     attributes[1].value[0] = 1  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     first = 0 if cluster > 1 else 1
     config = _Config(

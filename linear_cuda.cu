@@ -10,19 +10,20 @@
 // memory in the order that this gives; where x is too large, a panel of its columns at a time. int8 and int4 are
 // multiplied as integers, which saves turning them into floats: x becomes 15-bit integers relative to the largest of
 // its 128 neighbours (int4: 32), two digits of 8 bits, each a column of its own. fp8 becomes fp16, and so does x, relative
-// to the largest of 128. With many rows of x, int4 becomes bf16: 128 + q, whose last bits q is, so that x stays as it is,
-// and what is too much in a group's products is the sum of x times 128 plus its zero. One or two last warps add up
-// what these leave for a tile of 16 rows, and store it, while they are at the next one: with many rows of x they have
-// hardly time for it.
+// to the largest of 128. With many rows of x int4 becomes fp16, too: 1024 + q, whose last bits q is, or 1024 + 16 q, which
+// saves a shift, by a sixteenth of x; sums of x tell what is too much in a group's products. Then each warp prepares the
+// columns of x that it multiplies itself, and where a row of W is one chunk they stay in registers. One or two last warps
+// add up what these leave for a tile of 16 rows, and store it, while they are at the next one: with many rows of x they
+// have hardly time for it.
 //
-// Where x has several rows, to prepare it takes each block a while. Then two neighbouring blocks (a cluster) take the same
-// rows of W, half of the columns each, and so prepare half of x; they finish tiles in turn, and send each other what the
-// other's tiles lack.
+// Where x has several rows, to prepare it takes each block a while. Then two or four neighbouring blocks (a cluster) take
+// the same rows of W, a part of the columns each, and so prepare a part of x; they finish tiles in turn, and send each
+// other what the others' tiles lack.
 //
 // Set at compilation: KIND (0 bf16, 1 fp8 e4m3, 2 int8, 3 int4), GROUP (of int4, else any), ROOM (rows of x it has
 // room for), CHUNK, WARPS (that multiply), ONE (whether a block's columns of a row of W are one chunk; only of int4: then x
 // stays in registers), WORDS (of a row's scales and zeros, of int4, that are copied in one piece),
-// SPLIT (1, or 2 blocks that share tiles), WORLD (1, or GPUs that add up what each of them has: y is then the words that
+// SPLIT (1, or 2 or 4 blocks that share tiles), WORLD (1, or GPUs that add up what each of them has: y is then the words that
 // exchange_cuda.cu reads, in the memory of all of them). Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor,
 // mbarrier, griddepcontrol, mapa, st.async).
 
@@ -38,20 +39,19 @@ constexpr int THREADS = WARPS * 32;                // that multiply; one more wa
 constexpr int ROWS = 16, HALF = 8 * CHUNK;         // rows of W in a stage, and bytes of eight of them
 constexpr int SHARE = CHUNK / WARPS < 128 ? CHUNK / WARPS : 128;  // bytes of a row that a warp multiplies at a time: 64 or 128
 constexpr int BLOCKS = CHUNK / SHARE / WARPS;      // of them in a chunk, that are a warp's
-constexpr bool NIBBLES = KIND == 3 && ROOM == 8;   // int4 as bf16
+constexpr bool NIBBLES = KIND == 3 && ROOM == 8;   // int4 as fp16
 constexpr bool HALVES = KIND < 2 || NIBBLES;       // x is of 16-bit numbers, and a row of it one of 8 columns
-constexpr bool EXPONENTS = KIND > 0 && !NIBBLES;   // x is relative to the largest of SPAN
 constexpr int CHAINS = 2;                          // of products that wait for one another
 constexpr int TILES = !HALVES && ROOM > 4 ? 2 : 1;  // of 8 columns: a row of x is two of them, if it is integers
 constexpr int BOX = WORDS * 32;                    // bytes of WORDS scales and zeros for 8 rows of W
 constexpr int BOXES = KIND == 3 ? CHUNK * 2 / GROUP / WORDS : 0;
 constexpr int STAGE = 2 * HALF + 2 * BOXES * BOX;
 constexpr int FLIGHT = 4096 / CHUNK;               // stages that are sent for at a time: 64 KB keep its share of the bus busy
-constexpr int X_BANK = NIBBLES ? 64 : KIND == 3 ? 32 : 16;  // a pitch that spreads what a warp reads at once over all banks
-constexpr int SPAN = KIND == 3 ? 32 : 128;         // columns of x that share an exponent, unless it stays bf16
+constexpr int X_BANK = KIND == 3 ? 32 : 16;        // a pitch that spreads what a warp reads at once over all banks
+constexpr int SPAN = KIND == 3 ? 32 : 128;         // columns of x that share an exponent, or int4's sums
 constexpr int FINISHERS = ROOM >= 4 ? 2 : 1;       // warps that finish sums, each for some of the rows of x
 constexpr int EACH = ROOM == 1 ? 1 : ROOM / 2 / FINISHERS;  // sums of a tile that each lane finishes
-constexpr int PLACES = 4;                          // for sums that the other block of a cluster sends
+constexpr int PLACES = SPLIT > 2 ? 2 : 4, OTHERS = SPLIT - 1;  // for sums that each of the other blocks of a cluster sends
 constexpr int GROUPS = ROOM == 1 ? 1 : 2;          // of warps, that prepare different rows of x
 // int4, one row of x: threads t = 0 ... 3 of a row of W have different groups, whose sums land in different columns, since
 // x is a block diagonal. int4, two rows: two blocks of 32 columns get columns of their own in one accumulator.
@@ -74,10 +74,10 @@ __device__ __forceinline__ void arrive(u32 barrier, int lane) {  // once a warp,
     if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 
-// Of the other block of a cluster: an address in its shared memory; a word stored there, of which a barrier there is told.
+// Of another block of a cluster: an address in its shared memory; a word stored there, of which a barrier there is told.
 __device__ __forceinline__ u32 at_other(u32 mine, int part) {
     u32 r;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(mine), "r"(part ^ 1));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(mine), "r"(part));
     return r;
 }
 __device__ __forceinline__ void send_other(u32 to, float v, u32 barrier) {
@@ -134,6 +134,17 @@ __device__ __forceinline__ u32 two_bf16(float low, float high) {
     return r;
 }
 
+__device__ __forceinline__ u32 multiply_bf16(u32 a, u32 b) {  // two products
+    u32 r;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ u32 max_bf16(u32 a, u32 b) {  // of two pairs, regardless of signs; nan, if there is one
+    u32 r;
+    asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
 __device__ __forceinline__ float max_nan(float a, float b) {
     float r;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
@@ -176,10 +187,10 @@ __device__ __forceinline__ void add_group(float* sum, const int* dot, const floa
     sum[1] += fp16(s_hi) * (d_hi * unit.x - fp16(s_hi >> 16) * unit.y);
 }
 
-// Nibbles j and 4 + j of a word, as bf16: 128 more than they are.
-__device__ __forceinline__ u32 two_nibbles(u32 word, int j) {
+// Two nibbles of a word as fp16: 1024 more than they are, or, of those at the mask's upper bits, than 16 times that.
+__device__ __forceinline__ u32 two_nibbles(u32 word, u32 mask) {
     u32 r;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(word >> 4 * j), "r"(0x000F000F), "r"(0x43004300));  // and, or
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(word), "r"(mask), "r"(0x64006400));  // and, or
     return r;
 }
 __device__ __forceinline__ u32 two_fp16(float low, float high) {
@@ -281,11 +292,11 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
     const int which = threadIdx.x / 32 - WARPS - 1, lane = threadIdx.x % 32;
     const int r = ROOM == 1 ? lane % ROWS : lane / 2, m0 = ROOM == 1 ? 0 : (2 * which + lane % 2) * EACH;
     const bool pairs = activation != 0;
-    from_other += which * 32 * (PLACES * EACH + 1), received += which * PLACES * 8;
-    float* squares_of_other = from_other + PLACES * EACH * 32;
+    from_other += which * 32 * OTHERS * (PLACES * EACH + 1), received += which * PLACES * 8;
+    float* squares_of_other = from_other + PLACES * OTHERS * EACH * 32;
     if constexpr (SPLIT > 1) {
-        if (lane < PLACES) expect(received + lane * 8, (EACH + (squares && lane == 0)) * 128);
-        asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // the other's barriers are set up
+        if (lane < PLACES) expect(received + lane * 8, OTHERS * (EACH + (squares && lane == 0)) * 128);
+        asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // the others' barriers are set up
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const u32 number = WORLD > 1 ? load_fresh(words.number) : 0;
@@ -298,16 +309,20 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
     const float one_of_k = 1.0f / K;
     u32 b = 0, rest[EACH];  // bf16, as bits: to turn them into floats here would be to wait for them here
     const auto store = [&](int i) {
+        float all = total;
         if constexpr (SPLIT > 1) {
             const int place = i / SPLIT % PLACES;
             wait_for_other(received + place * 8, i / SPLIT / PLACES % 2);
-            for (int j = 0; j < EACH; j++) values[j] += from_other[(place * EACH + j) * 32 + lane];
-            if (squares && i < SPLIT) total += squares_of_other[lane];
+            #pragma unroll
+            for (int o = 0; o < OTHERS; o++) {
+                for (int j = 0; j < EACH; j++) values[j] += from_other[((place * OTHERS + o) * EACH + j) * 32 + lane];
+                if (squares && i < SPLIT) all += squares_of_other[o * 32 + lane];
+            }
             __syncwarp();
-            if (lane == 0) expect(received + place * 8, EACH * 128);
+            if (lane == 0) expect(received + place * 8, OTHERS * EACH * 128);
         }
         if (squares && i < SPLIT) {
-            const float inv = rsqrtf(total * one_of_k + eps);
+            const float inv = rsqrtf(all * one_of_k + eps);
             for (int j = 0; j < EACH; j++) factor[j] = __shfl_sync(~0u, inv, (m0 + j) * (32 / ROOM));
         }
         float value[EACH], up[EACH];
@@ -330,7 +345,7 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
             }
         }
     };
-    int turn = 0;
+    u32 turn = 0;
     for (int panel = 0; panel < panels; panel++)
         for (int i = 0;; i++, turn++) {
             wait_for(ring.full + ring.stage * 8, ring.parity);
@@ -383,13 +398,15 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
             if (SPLIT == 1) store(i);
             else if (mine) pending = i;  // the other's sums are under way while the next tile is multiplied
             else {
-                // Has the other read this place, where sums of tile i - 8 were? This block has stored its tile i - 3, for which
-                // the other had sent its sums after it had stored its own tile i - 6.
-                const int place = i / SPLIT % PLACES;
-                const u32 to = at_other(address(from_other + place * EACH * 32 + lane), part);
-                const u32 barrier = at_other(received + place * 8, part);
+                // Has the block whose tile this is read this place, where sums of tile i - PLACES * SPLIT, i - 8, were? Of two blocks,
+                // this one has stored its tile i - 3, for which the other had sent its sums after it had stored its own tile i - 6.
+                // Of four, this one has stored its tile i - 5, i - 2 or i - 3, and that one, before it sent sums for it, i - 8 or
+                // i - 4. (It sends sums of a tile before it stores a tile of its own that came right before.)
+                const int whose = i % SPLIT, place = i / SPLIT % PLACES, o = part - (part > whose);
+                const u32 to = at_other(address(from_other + (place * OTHERS + o) * EACH * 32 + lane), whose);
+                const u32 barrier = at_other(received + place * 8, whose);
                 for (int j = 0; j < EACH; j++) send_other(to + j * 128, sums[j], barrier);
-                if (squares && i < SPLIT) send_other(at_other(address(squares_of_other + lane), part), total, barrier);
+                if (squares && i < SPLIT) send_other(at_other(address(squares_of_other + o * 32 + lane), whose), total, barrier);
                 if (pending >= 0) store(pending), pending = -1;
             }
         }
@@ -414,24 +431,14 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int m, in
         if (norm) {
             const u32 weight = ((const u32*)n)[j];
             a[2 * j] *= low_bf16(weight) + offset, a[2 * j + 1] *= high_bf16(weight) + offset;
-            if (HALVES) raw[j] = two_bf16(a[2 * j], a[2 * j + 1]);
+            if (KIND == 0) raw[j] = two_bf16(a[2 * j], a[2 * j + 1]);
         }
     }
-    if constexpr (!EXPONENTS) {
+    if constexpr (KIND == 0) {
         #pragma unroll
         for (int p = 0; p < PIECES; p++) {
-            uint4 r = make_uint4(raw[4 * p], raw[4 * p + 1], raw[4 * p + 2], raw[4 * p + 3]);
-            if (KIND == 3)  // as nibbles come out of a word: 0 and 4, 1 and 5, ...
-                r = make_uint4(__byte_perm(r.x, r.z, 0x5410), __byte_perm(r.x, r.z, 0x7632),
-                               __byte_perm(r.y, r.w, 0x5410), __byte_perm(r.y, r.w, 0x7632));
-            *(uint4*)(xs + m * x_pitch + (i * PIECES + p) * 16) = r;
-        }
-        if (NIBBLES) {
-            float total = 0;
-            #pragma unroll
-            for (int j = 0; j < 4; j++) total += low_bf16(raw[j]) + high_bf16(raw[j]);
-            for (int d = 1; d < 4; d *= 2) total += __shfl_xor_sync(~0u, total, d);
-            if (i % 4 == 0) units[i / 4 * ROOM + m] = total;
+            *(uint4*)(xs + m * x_pitch + (i * PIECES + p) * 16) =
+                make_uint4(raw[4 * p], raw[4 * p + 1], raw[4 * p + 2], raw[4 * p + 3]);
         }
     } else {
         constexpr int LANES = SPAN / 8 / PIECES;  // that share an exponent
@@ -485,6 +492,72 @@ __device__ __forceinline__ void put(u8* xs, float* units, int x_pitch, int m, in
     }
 }
 
+// Eight bf16, times a power of two, as fp16, in the order in which nibbles come out of a word, 0 and 4, 1 and 5, ...; odd ones
+// are divided by 16, as their weights will be 16 times too large. Exact, but for what is 2^-28 of the largest.
+__device__ __forceinline__ uint4 as_fp16(const u32 (&x)[4], float up) {
+    const float odd = up * 0.0625f;
+    return make_uint4(two_fp16(low_bf16(x[0]) * up, low_bf16(x[2]) * up), two_fp16(high_bf16(x[0]) * odd, high_bf16(x[2]) * odd),
+                      two_fp16(low_bf16(x[1]) * up, low_bf16(x[3]) * up), two_fp16(high_bf16(x[1]) * odd, high_bf16(x[3]) * odd));
+}
+
+// int4 as fp16: a warp prepares the columns of a chunk that it multiplies, in the order in which it does, without waiting for
+// any other warp. Lane (g, t) has eight columns of each batch, from `column` on, of row g of x -> what undoes that they are
+// relative to the row's largest. Adds the row's squares to `square` in lanes whose t is g / 2; leaves sums for each batch.
+__device__ __forceinline__ float prepare(X (&kept)[BATCHES], float4* sums, float& square, const u16* x, const u16* norm,
+                                         int column, int end_column, float offset) {
+    const int g = threadIdx.x % 32 / 4;
+    u32 n[BATCHES][4], v[BATCHES][4];  // zeros beyond the end, which there are no weights for
+    #pragma unroll
+    for (int b = 0; b < BATCHES; b++) {
+        *(uint4*)n[b] = make_uint4(0, 0, 0, 0);
+        if (norm && column + 32 * b < end_column) *(uint4*)n[b] = *(const uint4*)(norm + column + 32 * b);
+    }
+    // From here on the kernel before this one is complete; the next one may start, and send for its weights.
+    asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+    #pragma unroll
+    for (int b = 0; b < BATCHES; b++) {
+        *(uint4*)v[b] = make_uint4(0, 0, 0, 0);
+        if (column + 32 * b < end_column) *(uint4*)v[b] = load_fresh((const uint4*)(x + column + 32 * b));
+    }
+    if (norm) {  // on the diagonal of products of all rows with all
+        float products[2][4] = {};
+        #pragma unroll
+        for (int b = 0; b < BATCHES; b++) {
+            mma(products[0], v[b][0], 0, v[b][1], 0, v[b][0], v[b][1]);
+            mma(products[1], v[b][2], 0, v[b][3], 0, v[b][2], v[b][3]);
+        }
+        square += g % 2 ? products[0][1] + products[1][1] : products[0][0] + products[1][0];
+    }
+    if (norm && offset == 0)
+        #pragma unroll
+        for (int i = 0; i < 4 * BATCHES; i++) v[i / 4][i % 4] = multiply_bf16(v[i / 4][i % 4], n[i / 4][i % 4]);
+    else if (norm)
+        #pragma unroll
+        for (int i = 0; i < 4 * BATCHES; i++) {
+            u32 &raw = v[i / 4][i % 4], weight = n[i / 4][i % 4];
+            raw = two_bf16(low_bf16(raw) * (low_bf16(weight) + offset), high_bf16(raw) * (high_bf16(weight) + offset));
+        }
+    u32 top = 0;
+    #pragma unroll
+    for (int i = 0; i < 4 * BATCHES; i++) top = max_bf16(top, v[i / 4][i % 4]);
+    top = max(top & 0x7FFF, top >> 16 & 0x7FFF);
+    for (int d = 1; d < 4; d *= 2) top = max(top, __shfl_xor_sync(~0u, top, d));
+    const u32 e = max(top >> 7, 15);  // the exponent, as bits; the largest will be 2^14 or more
+    const float up = __uint_as_float((268 - e) << 23);
+    #pragma unroll
+    for (int b = 0; b < BATCHES; b++) {
+        kept[b].four[0] = as_fp16(v[b], up);
+        // What a group's products have too much is its zero times the sum of x, and 1024 times that of even columns and of odd
+        // ones' sixteenths: products with weights of -1, in odd columns -16, and with weights of -1024.
+        constexpr u32 EVEN = 0xBC00BC00, ODD = 0xCC00CC00, BASE = 0xE400E400;
+        float sum[4] = {};
+        mma_fp16(sum, EVEN, BASE, ODD, BASE, kept[b].of[0], kept[b].of[1]);
+        mma_fp16(sum, EVEN, BASE, ODD, BASE, kept[b].of[2], kept[b].of[3]);
+        if (g == 0) sums[4 * b] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    }
+    return top < 0x7F80 ? __uint_as_float((e - 14) << 23) : __uint_as_float(0x7FC00000);  // nan, if it is not finite
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS + 32 + 32 * FINISHERS, 1)
 linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const u16* __restrict__ x,
        const u16* __restrict__ bias, const u16* __restrict__ norm, const u16* __restrict__ residual, u16* __restrict__ y,
@@ -500,11 +573,12 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
     const bool pairs = activation != 0;                                                  // rows of gate, and of up
     const int step = pairs ? ROWS / 2 : ROWS;
     u8* xs = shared + stages * STAGE;
-    float* units = (float*)(xs + (HALVES ? M : 2 * M) * x_pitch);                        // or sums of x: [spans][ROOM]
-    float* parts = units + (KIND > 0 ? ROOM * spans * (KIND == 3 && !NIBBLES ? 2 : 1) : 0);  // [2][WARPS][ROWS][ROOM]
+    float* units = (float*)(xs + (!NIBBLES ? (HALVES ? M : 2 * M) * x_pitch : ONE ? 0 : ROOM * x_bytes));  // or sums of x
+    float* parts = units + (KIND > 0 ? ROOM * spans * (KIND == 3 ? 2 : 1) : 0);          // [2][WARPS][ROWS][ROOM]
     float* squares = parts + 2 * WARPS * ROWS * ROOM;                                    // [ROOM][WARPS * 32 / ROOM]
-    float* from_other = squares + WARPS * 32;                                            // [FINISHERS] of [PLACES][EACH][32] and squares
-    float* totals = from_other + (SPLIT > 1 ? FINISHERS * 32 * (PLACES * EACH + 1) : 0);  // [tiles][ROWS][ROOM]
+    float* downs = squares + WARPS * 32;                                                 // [chunks of a panel][WARPS][ROOM]
+    float* from_other = downs + (NIBBLES && !ONE ? a_panel * WARPS * ROOM : 0);          // see finish
+    float* totals = from_other + FINISHERS * 32 * OTHERS * (PLACES * EACH + 1);          // [tiles][ROWS][ROOM]
     const int tiles = panels > 1 ? N / (step * (gridDim.x / SPLIT)) + 1 : 0;             // of this block, at most
     Tile* tile_of = (Tile*)(totals + tiles * ROWS * ROOM);                               // by stage
     const u32 full = address(tile_of + stages), empty = full + stages * 8;
@@ -533,9 +607,10 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
 
     // Of a row of x, what a thread takes at a time is an item. Where there are several rows, half of the threads take half
     // of them.
+    const int end_column = min(own, K - begin);
     constexpr int THEIRS = ROOM / GROUPS, BESIDE = THREADS / GROUPS;
     constexpr int KEEP = ROOM == 8 ? 2 : 4;                          // items that a thread has under way, of each row
-    const int items = min(own, K - begin) / 8 / PIECES, places = columns / 8 / PIECES;  // of a row; of a panel
+    const int items = end_column / 8 / PIECES, places = columns / 8 / PIECES;  // of a row; of a panel
     const int first_row = threadIdx.x / BESIDE * THEIRS, first_item = threadIdx.x % BESIDE;
     float sums[THEIRS] = {};  // of squares
     const auto load_norm = [&](uint4 (&n)[PIECES], int i) {
@@ -552,7 +627,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
     const bool mine = (HALVES ? ROOM : 2 * ROOM) >= 8 || g % PLANES < in_columns;
     const u8* x_of[2] = {xs + min(g % PLANES, in_columns - 1) * x_pitch, xs + min(g + 8, in_columns - 1) * x_pitch};
     // int4, of batch b of the columns that begin at a byte of W's rows: whose scale a thread needs (in 32 columns), what of x
-    // it multiplies, and x's unit and sum; where x is bf16, sums of two rows.
+    // it multiplies, and x's unit and sum.
     const auto slot_of = [&](int b) { return ROOM == 1 ? 2 * t + b : b * SLOTS + t / (PLANES / 2); };
     const auto x_at = [&](int at, int b) {
         X v = {};
@@ -561,76 +636,106 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                 for (int j = 0; j < 2; j++)
                     v.four[j] = *(const uint4*)(xs + g % 2 * x_pitch + 2 * (at + 16 * slot_of(b)) + 16 * j);
         } else if constexpr (NIBBLES)
-            v.four[0] = *(const uint4*)(x_of[0] + 4 * (at + 16 * b + 4 * t));
+            v.four[0] = *(const uint4*)(xs + 32 * (at + 16 * b) + lane * 16);
         else if (mine)
             v.two = *(const uint2*)(x_of[0] + 2 * (at + 16 * (b * SLOTS + g / PLANES) + 4 * t));
         return v;
     };
     const auto unit_at = [&](int at, int b) {
-        return ((const float2*)units)[NIBBLES ? (at / 16 + b) * 4 + t : (at / 16 + slot_of(b)) * ROOM + t % (PLANES / 2)];
+        return ((const float2*)units)[(at / 16 + slot_of(b)) * ROOM + t % (PLANES / 2)];
     };
-    int turn = 0;
+    // int4: where a lane's things are in a stage: the word of a batch's scale and zero, or four of them; and the 16 bytes of a
+    // row that it names to ldmatrix, which gives it words t of rows g and g + 8, of two pieces of 16 bytes.
+    const auto scale_at = [&](int i, int j) {
+        const int group = ((i * WARPS + warp) * SHARE / 16 + slot_of(j)) * 32 / GROUP;
+        return 2 * HALF + group / WORDS * BOX + g * (WORDS * 4) + (group % WORDS / 4 ^ g * WORDS / 32) * 16 + group % 4 * 4;
+    };
+    int fours_at[BLOCKS], piece_at[BLOCKS];
+    #pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+        const int byte = (i * WARPS + warp) * SHARE, piece = byte % 128 / 16 + lane / 16;
+        fours_at[i] = scale_at(i, 0);
+        piece_at[i] = byte / 128 * 1024 + lane / 8 % 2 * HALF + lane % 8 * 128 + (piece ^ lane % 8) * 16;
+        if (KIND == 3 && ROOM > 1) asm volatile("" : "+r"(fours_at[i]), "+r"(piece_at[i]));  // not computed anew for each tile
+    }
+    u32 turn = 0;
     for (int panel = 0; panel < panels; panel++) {
-        if (panel) consumers_meet();  // done with the panel before
+        if (panel && !NIBBLES) consumers_meet();  // done with the panel before
         const int count = ONE ? 1 : min(a_panel, chunks - panel * a_panel);
-        for (int at = 0; at < places; at += KEEP * BESIDE) {
-            uint4 n[2][PIECES], v[KEEP][THEIRS][PIECES];  // zeros beyond the end, which there are no weights for
-            const int item = panel * places + at + first_item;
-            #pragma unroll
-            for (int j = 0; j < 2; j++) load_norm(n[j], item + j * BESIDE);
-            // From here on the kernel before this one is complete; the next one may start, and send for its weights.
-            asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
-            #pragma unroll
-            for (int j = 0; j < KEEP; j++)
-                #pragma unroll
-                for (int m = 0; m < THEIRS; m++)
-                    #pragma unroll
-                    for (int p = 0; p < PIECES; p++) {
-                        const int i = item + j * BESIDE;
-                        v[j][m][p] = make_uint4(0, 0, 0, 0);
-                        if (first_row + m < M && i < items)
-                            v[j][m][p] = load_fresh((const uint4*)(x + (first_row + m) * K + begin) + i * PIECES + p);
-                    }
-            #pragma unroll
-            for (int j = 0; j < KEEP; j++) {
-                const int i = at + first_item + j * BESIDE;
-                if (i >= places) break;
-                #pragma unroll
-                for (int m = 0; m < THEIRS; m++) {
-                    if (first_row + m < M) put(xs, units, x_pitch, first_row + m, i, v[j][m], n[j % 2], norm, offset);
-                    #pragma unroll
-                    for (int k = 0; k < 4 * PIECES; k++) {
-                        const u32 raw = ((const u32*)v[j][m])[k];
-                        sums[m] += low_bf16(raw) * low_bf16(raw) + high_bf16(raw) * high_bf16(raw);
-                    }
-                }
-                if (j + 2 < KEEP) load_norm(n[j % 2], item + (j + 2) * BESIDE);
-            }
-        }
-        consumers_meet();
-        if (norm && panel == panels - 1) {  // nobody waits for it but who finishes the first tile
-            #pragma unroll
-            for (int half = THEIRS / 2, d = 16; half; half /= 2, d /= 2)  // a lane has half as many rows to add up
-                #pragma unroll
-                for (int m = 0; m < half; m++) {
-                    const float other = __shfl_xor_sync(~0u, lane & d ? sums[m] : sums[m + half], d);
-                    sums[m] = (lane & d ? sums[m + half] : sums[m]) + other;
-                }
-            constexpr int LANES = 32 / THEIRS;  // that have a row's sums
-            squares[(first_row + lane / LANES) * (WARPS / GROUPS * LANES) +
-                    warp % (WARPS / GROUPS) * LANES + lane % LANES] = sums[0];
-        }
-
         X kept[BLOCKS][BATCHES];  // of x, where a warp multiplies the same columns of every tile
         float2 kept_unit[BLOCKS][BATCHES];
-        if constexpr (ONE)
-            #pragma unroll
-            for (int i = 0; i < BLOCKS; i++)
-                #pragma unroll
-                for (int b = 0; b < BATCHES; b++) {
-                    const int at = (i * WARPS + warp) * SHARE;
-                    kept[i][b] = x_at(at, b), kept_unit[i][b] = unit_at(at, b);
+        float2 down = make_float2(1, 1);  // int4 as fp16: what undoes that a thread's two rows of x are relative to their largest
+        if constexpr (NIBBLES) {
+            for (int k = 0; k < count; k++) {
+                const int at = k * CHUNK + warp * SHARE, column = (panel * a_panel * CHUNK + at) * 2 + 8 * t;
+                const float mine = prepare(kept[0], (float4*)units + at / 4 + t, sums[0], x + min(g, M - 1) * K + begin,
+                                           norm ? norm + begin : nullptr, column, end_column, offset);
+                if (ONE) down = make_float2(__shfl_sync(~0u, mine, 8 * t), __shfl_sync(~0u, mine, 8 * t + 4));
+                else {
+                    #pragma unroll
+                    for (int b = 0; b < BATCHES; b++) *(uint4*)(xs + 32 * (at + 16 * b) + lane * 16) = kept[0][b].four[0];
+                    if (t == 0) downs[(k * WARPS + warp) * ROOM + g] = mine;
                 }
+            }
+            __syncwarp();
+            if (norm && panel == panels - 1) squares[(g * WARPS + warp) * 4 + t] = t == g / 2 ? sums[0] : 0;
+        } else {
+            for (int at = 0; at < places; at += KEEP * BESIDE) {
+                uint4 n[2][PIECES], v[KEEP][THEIRS][PIECES];  // zeros beyond the end, which there are no weights for
+                const int item = panel * places + at + first_item;
+                #pragma unroll
+                for (int j = 0; j < 2; j++) load_norm(n[j], item + j * BESIDE);
+                // From here on the kernel before this one is complete; the next one may start, and send for its weights.
+                asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+                #pragma unroll
+                for (int j = 0; j < KEEP; j++)
+                    #pragma unroll
+                    for (int m = 0; m < THEIRS; m++)
+                        #pragma unroll
+                        for (int p = 0; p < PIECES; p++) {
+                            const int i = item + j * BESIDE;
+                            v[j][m][p] = make_uint4(0, 0, 0, 0);
+                            if (first_row + m < M && i < items)
+                                v[j][m][p] = load_fresh((const uint4*)(x + (first_row + m) * K + begin) + i * PIECES + p);
+                        }
+                #pragma unroll
+                for (int j = 0; j < KEEP; j++) {
+                    const int i = at + first_item + j * BESIDE;
+                    if (i >= places) break;
+                    #pragma unroll
+                    for (int m = 0; m < THEIRS; m++) {
+                        if (first_row + m < M) put(xs, units, x_pitch, first_row + m, i, v[j][m], n[j % 2], norm, offset);
+                        #pragma unroll
+                        for (int k = 0; k < 4 * PIECES; k++) {
+                            const u32 raw = ((const u32*)v[j][m])[k];
+                            sums[m] += low_bf16(raw) * low_bf16(raw) + high_bf16(raw) * high_bf16(raw);
+                        }
+                    }
+                    if (j + 2 < KEEP) load_norm(n[j % 2], item + (j + 2) * BESIDE);
+                }
+            }
+            consumers_meet();
+            if (norm && panel == panels - 1) {  // nobody waits for it but who finishes the first tile
+                #pragma unroll
+                for (int half = THEIRS / 2, d = 16; half; half /= 2, d /= 2)  // a lane has half as many rows to add up
+                    #pragma unroll
+                    for (int m = 0; m < half; m++) {
+                        const float other = __shfl_xor_sync(~0u, lane & d ? sums[m] : sums[m + half], d);
+                        sums[m] = (lane & d ? sums[m + half] : sums[m]) + other;
+                    }
+                constexpr int LANES = 32 / THEIRS;  // that have a row's sums
+                squares[(first_row + lane / LANES) * (WARPS / GROUPS * LANES) +
+                        warp % (WARPS / GROUPS) * LANES + lane % LANES] = sums[0];
+            }
+            if constexpr (ONE)
+                #pragma unroll
+                for (int i = 0; i < BLOCKS; i++)
+                    #pragma unroll
+                    for (int b = 0; b < BATCHES; b++) {
+                        const int at = (i * WARPS + warp) * SHARE;
+                        kept[i][b] = x_at(at, b), kept_unit[i][b] = unit_at(at, b);
+                    }
+        }
 
         for (;; turn++) {
             float c[CHAINS][4] = {}, sum[TILES][2] = {};
@@ -642,36 +747,35 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                 // Weights into registers, so that the stage can be filled again soon.
                 uint4 w[BLOCKS][SHARE / 32];
                 u32 s[BLOCKS][BATCHES][2];
+                const int at_stage = ring.stage * STAGE;
                 #pragma unroll
                 for (int i = 0; i < BLOCKS; i++) {
-                    const int byte = (i * WARPS + warp) * SHARE, unit = byte % 128 / 16;
-                    const u8 *stage = shared + ring.stage * STAGE, *ws = stage + byte / 128 * 1024 + g * 128;
                     if constexpr (KIND == 3)
                         #pragma unroll
-                        for (int j = 0; j < BATCHES; j++) {
-                            const int group = (byte / 16 + slot_of(j)) * 32 / GROUP;
-                            const u8* ss = stage + 2 * HALF + group / WORDS * BOX + g * (WORDS * 4) +
-                                           (group % WORDS / 4 ^ g * WORDS / 32) * 16;
+                        for (int j = 0; j < BATCHES; j += FOURS ? 4 : 1)
                             #pragma unroll
-                            for (int h = 0; h < 2; h++)
-                                if (!FOURS) s[i][j][h] = *(const u32*)(ss + h * BOXES * BOX + group % 4 * 4);
-                                else if (j % 4 == 0) {
-                                    const uint4 four = *(const uint4*)(ss + h * BOXES * BOX);
+                            for (int h = 0; h < 2; h++) {
+                                const int offset = FOURS ? fours_at[i] ^ j / 4 * 16 : scale_at(i, j);
+                                const u8* ss = shared + at_stage + offset + h * BOXES * BOX;
+                                if (!FOURS) s[i][j][h] = *(const u32*)ss;
+                                else {
+                                    const uint4 four = *(const uint4*)ss;
                                     s[i][j][h] = four.x, s[i][j + 1][h] = four.y, s[i][j + 2][h] = four.z, s[i][j + 3][h] = four.w;
                                 }
-                        }
-                    if constexpr (KIND == 3 && ROOM > 1) {
-                        // Words t of rows g and g + 8, of two pieces of 16 bytes at a time; each lane tells where one piece is.
-                        const u8* row = stage + byte / 128 * 1024 + lane / 8 % 2 * HALF + lane % 8 * 128;
+                            }
+                    if constexpr (KIND == 3 && ROOM > 1)
                         #pragma unroll
                         for (int j = 0; j < SHARE / 32; j++)
-                            w[i][j] = load_matrices(address(row + ((unit + 2 * j + lane / 16) ^ lane % 8) * 16));
-                    } else
+                            w[i][j] = load_matrices(address(shared) + (at_stage + piece_at[i] ^ 32 * j));
+                    else {
+                        const int byte = (i * WARPS + warp) * SHARE, unit = byte % 128 / 16;
+                        const u8* ws = shared + at_stage + byte / 128 * 1024 + g * 128;
                         #pragma unroll
                         for (int u = 0; u < SHARE / 64; u++) {
                             w[i][2 * u] = *(const uint4*)(ws + ((unit + SHARE / 64 * t + u) ^ g) * 16);
                             w[i][2 * u + 1] = *(const uint4*)(ws + HALF + ((unit + SHARE / 64 * t + u) ^ g) * 16);
                         }
+                    }
                 }
                 if (ROOM == 1) ring.release(lane);  // with more rows the compiler had better mix what follows with the above
                 #pragma unroll
@@ -695,17 +799,19 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                         for (int b = 0; b < BATCHES; b++) {
                             const X v = ONE ? kept[i][b] : x_at(at, b);
                             const u32 lo = words[2 * b], hi = words[2 * b + 1], s_lo = s[i][b][0], s_hi = s[i][b][1];
-                            float dot[4] = {};
-                            mma(dot, two_nibbles(lo, 0), two_nibbles(hi, 0), two_nibbles(lo, 1), two_nibbles(hi, 1), v.of[0], v.of[1]);
-                            mma(dot, two_nibbles(lo, 2), two_nibbles(hi, 2), two_nibbles(lo, 3), two_nibbles(hi, 3), v.of[2], v.of[3]);
-                            const float2 total = unit_at(at, b);  // there are no registers to keep these too
-                            const float scales[2] = {fp16(s_lo), fp16(s_hi)};
-                            const float zeros[2] = {-128 - fp16(s_lo >> 16), -128 - fp16(s_hi >> 16)};
+                            constexpr u32 LOW = 0x000F000F, HIGH = 0x00F000F0;
+                            const float4 total = ((const float4*)units)[(at / 16 + b) * 4 + t];  // no registers are left for these
+                            const float zeros[2] = {fp16(s_lo >> 16), fp16(s_hi >> 16)};
+                            float dot[4];
                             #pragma unroll
-                            for (int j = 0; j < 4; j++) {
-                                c[0][j] = fmaf(scales[j / 2], dot[j], c[0][j]);
-                                c[0][j] = fmaf(scales[j / 2] * zeros[j / 2], j % 2 ? total.y : total.x, c[0][j]);
-                            }
+                            for (int j = 0; j < 4; j++)
+                                dot[j] = j % 2 ? fmaf(zeros[j / 2], total.y, total.w) : fmaf(zeros[j / 2], total.x, total.z);
+                            mma_fp16(dot, two_nibbles(lo, LOW), two_nibbles(hi, LOW), two_nibbles(lo, HIGH), two_nibbles(hi, HIGH),
+                                     v.of[0], v.of[1]);
+                            mma_fp16(dot, two_nibbles(lo >> 8, LOW), two_nibbles(hi >> 8, LOW), two_nibbles(lo >> 8, HIGH),
+                                     two_nibbles(hi >> 8, HIGH), v.of[2], v.of[3]);
+                            #pragma unroll
+                            for (int j = 0; j < 4; j++) c[0][j] = fmaf(fp16(j / 2 ? s_hi : s_lo), dot[j], c[0][j]);
                         }
                     } else if constexpr (KIND == 3) {
                         const u32* words = (const u32*)w[i];
@@ -774,6 +880,11 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                     }
                 }
                 if (ROOM > 1) ring.release(lane);
+                if constexpr (NIBBLES) {
+                    if (!ONE) down = *(const float2*)(downs + (chunk * WARPS + warp) * ROOM + 2 * t);
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) c[1][j] = fmaf(j % 2 ? down.y : down.x, c[0][j], c[1][j]), c[0][j] = 0;
+                }
                 chunk = chunk + 1 < count ? chunk + 1 : 0;
             }
             if (end) {
@@ -787,7 +898,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                 for (int j = 0; j < 2; j++)
                     if (2 * t + j < ROOM) {
                         float lo = 0, hi = 0;
-                        for (int i = 0; i < CHAINS; i++) lo += c[i][j], hi += c[i][2 + j];
+                        for (int i = NIBBLES; i < CHAINS; i++) lo += c[i][j], hi += c[i][2 + j];
                         sums_here[g * ROOM + 2 * t + j] = lo, sums_here[(g + 8) * ROOM + 2 * t + j] = hi;
                     }
             } else {

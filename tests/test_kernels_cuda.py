@@ -17,6 +17,7 @@ from tokenizer import Tokenizer
 GPU = torch.cuda.is_available() and k.available(torch.device("cuda", 0))
 SHAPES = [(333, 512), (66, 1024), (12345, 1024), (1000, 4096), (4096, 2048), (5, 512), (48, 14336), (50, 22016)]
 SHAPES += [(40, 3584), (40, 7168), (40, 8192)]  # of int4 other variants: whether a row is one chunk, shared, or neither
+SHAPES += [(5000, 9216)]  # and shared by four blocks, which send each other sums of many tiles
 KINDS = [("bf16", 0), ("fp8", 0), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 128)]
 
 
@@ -83,12 +84,13 @@ if GPU:
 
     @pytest.mark.gpu
     def test_not_a_number_stays_one():
-        for kind, group in KINDS:
+        for (kind, group), M, bad in itertools.product(KINDS, (2, 8), (torch.nan, torch.inf)):
             weight, scale = stored(kind, 64, 1024, group)
-            x = torch.ones(2, 1024, device="cuda").bfloat16()
-            x[1, 300] = torch.nan
+            x = torch.ones(M, 1024, device="cuda").bfloat16()
+            x[1, 300] = bad
             y = k.linear(x, weight, scale)
-            assert y[0].isfinite().all() and y[1].isnan().all(), kind
+            assert y[:1].isfinite().all() and y[2:].isfinite().all(), (kind, M)
+            assert not y[1].isfinite().any() if kind == "bf16" else y[1].isnan().all(), (kind, M)
 
     @pytest.mark.gpu
     def test_kernels_takes_it_where_it_is_faster(monkeypatch):
@@ -343,6 +345,10 @@ def test_plans_fit(kind, h200):
             assert p.room >= M and p.shared <= 232448, (N, K, M, p)
             assert p.panels <= 8, (N, K, M, p)
     assert [k._plan(kind, 32, M, 4096, 4096, False, None).panels for M in (1, 2, 4)] == [1, 1, 1]
+    if kind == 3:  # rows that are too long are shared, and x stays in registers
+        cases = itertools.product((4, 5, 8), (4096, 11008, 14336))
+        plans = [k._plan(kind, 32, M, 4096, K, False, None) for M, K in cases]
+        assert [(p.split, p.one) for p in plans] == 3 * [(1, True), (4, True), (4, True)]
 
 
 @pytest.mark.parametrize("kind", range(4))
