@@ -658,6 +658,9 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
         piece_at[i] = byte / 128 * 1024 + lane / 8 % 2 * HALF + lane % 8 * 128 + (piece ^ lane % 8) * 16;
         if (KIND == 3 && ROOM > 1) asm volatile("" : "+r"(fours_at[i]), "+r"(piece_at[i]));  // not computed anew for each tile
     }
+    // Where it leaves its sums of even tiles, and tells of them.
+    int sums_at = (u8*)(parts + (warp * ROWS + g) * ROOM + (HALVES ? 2 * t : t)) - shared, told_at = summed;
+    if (ROOM > 1) asm volatile("" : "+r"(sums_at), "+r"(told_at));  // as above
     u32 turn = 0;
     for (int panel = 0; panel < panels; panel++) {
         if (panel && !NIBBLES) consumers_meet();  // done with the panel before
@@ -892,25 +895,27 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                 break;
             }
             // Warps took different columns: their sums meet in shared memory, in two places in turn.
-            wait_for(summed + 16 + turn % 2 * 8, turn / 2 % 2 ^ 1);
-            float* sums_here = parts + (turn % 2 * WARPS + warp) * ROWS * ROOM;
+            const u32 told = ROOM > 1 ? told_at : summed;
+            wait_for(told + 16 + turn % 2 * 8, turn / 2 % 2 ^ 1);
+            float* sums_here = ROOM > 1 ? (float*)(shared + sums_at) + turn % 2 * (WARPS * ROWS * ROOM)
+                                        : parts + (turn % 2 * WARPS + warp) * ROWS;
+            const int mine = ROOM > 1 ? 0 : g + t;  // else it is counted in
             if constexpr (HALVES) {
-                for (int j = 0; j < 2; j++)
-                    if (2 * t + j < ROOM) {
-                        float lo = 0, hi = 0;
-                        for (int i = NIBBLES; i < CHAINS; i++) lo += c[i][j], hi += c[i][2 + j];
-                        sums_here[g * ROOM + 2 * t + j] = lo, sums_here[(g + 8) * ROOM + 2 * t + j] = hi;
-                    }
+                float all[4];
+                for (int j = 0; j < 4; j++) all[j] = NIBBLES ? c[1][j] : c[0][j] + c[1][j];
+                if constexpr (ROOM == 1) {
+                    if (t == 0) sums_here[mine] = all[0], sums_here[mine + 8] = all[2];
+                } else if (2 * t < ROOM) {
+                    *(float2*)sums_here = make_float2(all[0], all[1]);
+                    *(float2*)(sums_here + 8 * ROOM) = make_float2(all[2], all[3]);
+                }
             } else {
                 for (int d = PLANES / 2; d < 4; d *= 2)
                     for (int j = 0; j < 2; j++) sum[0][j] += __shfl_xor_sync(~0u, sum[0][j], d);
                 for (int j = 0; j < TILES; j++)
-                    if (t + 4 * j < ROOM) {
-                        sums_here[g * ROOM + t + 4 * j] = sum[j][0];
-                        sums_here[(g + 8) * ROOM + t + 4 * j] = sum[j][1];
-                    }
+                    if (t + 4 * j < ROOM) sums_here[mine + 4 * j] = sum[j][0], sums_here[mine + 8 * ROOM + 4 * j] = sum[j][1];
             }
-            arrive(summed + turn % 2 * 8, lane);
+            arrive(told + turn % 2 * 8, lane);
         }
     }
 }
