@@ -5,7 +5,8 @@ of small tensors over several GPUs (exchange_cuda.cu), which tp.py runs where th
 What Triton cannot be told: which warps copy weights and which compute, so that copies never wait; int8 and int4 weights
 multiplied by tensor cores as the integers that they are; loads that begin before the kernel before this one has ended,
 and stay in registers. The C++ is compiled by NVRTC, which every CUDA build of PyTorch brings along, in half a second
-a variant, when it is first wanted; no compiler need be installed. Nothing is loaded on import.
+a variant, when it is first wanted, and kept in the user's cache directory; no compiler need be installed. Nothing is
+loaded on import.
 
 Try it (on such a GPU):  python -c "import torch, kernels_cuda as k; x = torch.ones(2, 256, device='cuda').bfloat16();
                          print(k.linear(x, torch.ones(8, 256, device='cuda').bfloat16()))"
@@ -15,7 +16,9 @@ Sources: the CUDA driver API (cuLaunchKernelEx, cuTensorMapEncodeTiled) and NVRT
 
 import ctypes
 import functools
+import hashlib
 import itertools
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -418,7 +421,7 @@ def _module(file: str, options: tuple[str, ...], device: torch.device) -> ctypes
     module = ctypes.c_void_p()
     nvrtc, cuda = _libraries()
     major, minor = torch.cuda.get_device_capability(device)
-    cubin = _compile(nvrtc, f"{file}_cuda.cu", [*(f"-D{o}" for o in options), f"-arch=sm_{major}{minor}"])
+    cubin = _machine_code(nvrtc, f"{file}_cuda.cu", [*(f"-D{o}" for o in options), f"-arch=sm_{major}{minor}"])
     with torch.cuda.device(device):
         _check(cuda.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
     return module
@@ -462,9 +465,29 @@ def _launch(function: ctypes.c_void_p, grid: tuple[int, int], threads: int, shar
         _check(_libraries()[1].cuLaunchKernelEx(ctypes.byref(config), function, parameters, None), "cuLaunchKernelEx")
 
 
-def _compile(nvrtc: ctypes.CDLL, file: str, options: list[str]) -> bytes:
-    """A file beside this one -> machine code."""
-    source = Path(__file__).with_name(file).read_bytes()
+def _machine_code(nvrtc: ctypes.CDLL, file: str, options: list[str]) -> bytes:
+    """A file beside this one, compiled now or, from the same source by the same compiler, before."""
+    source, version = Path(__file__).with_name(file).read_bytes(), (ctypes.c_int * 2)()
+    _check(nvrtc.nvrtcVersion(ctypes.byref(version), ctypes.byref(version, 4)), "nvrtcVersion")
+    key = hashlib.sha256(repr((source, options, *version)).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hotloop" / "cuda"
+    kept = cache / f"{Path(file).stem}_{key}.cubin"
+    try:
+        return kept.read_bytes()
+    except OSError:
+        cubin = _compile(nvrtc, file, source, options)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_bytes(cubin)
+        unfinished.replace(kept)
+    except OSError:  # nowhere to keep it: it will be compiled again
+        pass
+    return cubin
+
+
+def _compile(nvrtc: ctypes.CDLL, file: str, source: bytes, options: list[str]) -> bytes:
+    """C++ of a file of that name -> machine code."""
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, file.encode(), 0, None, None)
     _check(created, "nvrtcCreateProgram")

@@ -453,4 +453,29 @@ def test_errors_say_what_failed(monkeypatch):
         )  # fmt: skip
 
     with pytest.raises(RuntimeError, match="does not compile: line 1: no"):
-        k._compile(failing(b"line 1: no"), "linear_cuda.cu", [])
+        k._compile(failing(b"line 1: no"), "linear_cuda.cu", b"", [])
+
+
+def test_machine_code_is_kept(monkeypatch, tmp_path):
+    """Compiled once for each file, set of options and compiler; anew each time where it cannot be kept."""
+    compiled, minor = [], 0
+
+    def version(major, minor_):
+        major._obj[:] = 13, minor
+        return 0
+
+    def code(file, options):
+        return k._machine_code(SimpleNamespace(nvrtcVersion=version), file, options)
+
+    monkeypatch.setattr(k, "_compile", lambda *a: compiled.append(a[1:]) or b"%d" % len(compiled))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cases = [("linear_cuda.cu", ["-DKIND=0"]), ("linear_cuda.cu", ["-DKIND=1"]), ("attend_cuda.cu", ["-DKIND=0"])]
+    assert [code(*c) for c in cases + cases] == [b"1", b"2", b"3"] * 2
+    assert compiled[2][1].startswith(b"// ") and b"attend" in compiled[2][1]
+    minor = 1
+    assert code(*cases[0]) == b"4" and code(*cases[0]) == b"4"
+    kept = list((tmp_path / "hotloop" / "cuda").iterdir())
+    assert len(kept) == 4 and all(f.suffix == ".cubin" for f in kept)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory
+    assert code(*cases[0]) == b"5" and code(*cases[0]) == b"6"
