@@ -14,11 +14,13 @@ Try it (on such a GPU):  python -c "import torch, kernels_cuda as k; x = torch.o
 Sources: the CUDA driver API (cuLaunchKernelEx, cuTensorMapEncodeTiled) and NVRTC's, both called through ctypes.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import itertools
 import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -267,7 +269,7 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
     """One block to a multiprocessor, as few panels as leave room for four stages; laid out as linear_cuda.cu does."""
     room, most = next(r for r in (1, 2, 4, 8) if M <= r), _shared_memory(device)
     unit = 8 * group if kind == 3 else COLUMNS[kind]  # columns that go together
-    # Where there is much of x, each block prepares half of it; not where tiles are short, which it makes shorter still.
+    # Where there is much of x, a block prepares a part of it; not where tiles are short, which it makes shorter still.
     split = 2 if room > 1 and room * K >= (SPLIT_PAIRS if pairs else SPLIT) and K >= 2 * unit else 1
     as_fp16 = kind == 3 and room == 8
     if kind == 3 and room >= 4 and K > 2 * REGISTERS and 3 * -(-K // unit // 4) * unit < K:
@@ -470,19 +472,25 @@ def _machine_code(nvrtc: ctypes.CDLL, file: str, options: list[str]) -> bytes:
     source, version = Path(__file__).with_name(file).read_bytes(), (ctypes.c_int * 2)()
     _check(nvrtc.nvrtcVersion(ctypes.byref(version), ctypes.byref(version, 4)), "nvrtcVersion")
     key = hashlib.sha256(repr((source, options, *version)).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hotloop" / "cuda"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hotloop" / "cuda"
+    except RuntimeError:  # a user without a home
+        return _compile(nvrtc, file, source, options)
     kept = cache / f"{Path(file).stem}_{key}.cubin"
-    try:
-        return kept.read_bytes()
-    except OSError:
-        cubin = _compile(nvrtc, file, source, options)
-    try:
+    with contextlib.suppress(OSError):
+        digest, cubin = (whole := kept.read_bytes())[:32], whole[32:]
+        if hashlib.sha256(cubin).digest() == digest:  # not what a crash has left
+            return cubin
+    cubin = _compile(nvrtc, file, source, options)
+    with contextlib.suppress(OSError):  # where it cannot be kept, it will be compiled again
         cache.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_bytes(cubin)
-        unfinished.replace(kept)
-    except OSError:  # nowhere to keep it: it will be compiled again
-        pass
+        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as unfinished:
+            try:
+                unfinished.write(hashlib.sha256(cubin).digest() + cubin)
+                unfinished.flush()
+                os.replace(unfinished.name, kept)
+            finally:
+                Path(unfinished.name).unlink(missing_ok=True)
     return cubin
 
 

@@ -669,15 +669,16 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
         float2 kept_unit[BLOCKS][BATCHES];
         float2 down = make_float2(1, 1);  // int4 as fp16: what undoes that a thread's two rows of x are relative to their largest
         if constexpr (NIBBLES) {
+            static_assert(!NIBBLES || BLOCKS == 1, "a warp multiplies one piece of a chunk");
             for (int k = 0; k < count; k++) {
                 const int at = k * CHUNK + warp * SHARE, column = (panel * a_panel * CHUNK + at) * 2 + 8 * t;
-                const float mine = prepare(kept[0], (float4*)units + at / 4 + t, sums[0], x + min(g, M - 1) * K + begin,
+                const float undo = prepare(kept[0], (float4*)units + at / 4 + t, sums[0], x + min(g, M - 1) * K + begin,
                                            norm ? norm + begin : nullptr, column, end_column, offset);
-                if (ONE) down = make_float2(__shfl_sync(~0u, mine, 8 * t), __shfl_sync(~0u, mine, 8 * t + 4));
+                if (ONE) down = make_float2(__shfl_sync(~0u, undo, 8 * t), __shfl_sync(~0u, undo, 8 * t + 4));
                 else {
                     #pragma unroll
                     for (int b = 0; b < BATCHES; b++) *(uint4*)(xs + 32 * (at + 16 * b) + lane * 16) = kept[0][b].four[0];
-                    if (t == 0) downs[(k * WARPS + warp) * ROOM + g] = mine;
+                    if (t == 0) downs[(k * WARPS + warp) * ROOM + g] = undo;
                 }
             }
             __syncwarp();
@@ -899,12 +900,12 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
             wait_for(told + 16 + turn % 2 * 8, turn / 2 % 2 ^ 1);
             float* sums_here = ROOM > 1 ? (float*)(shared + sums_at) + turn % 2 * (WARPS * ROWS * ROOM)
                                         : parts + (turn % 2 * WARPS + warp) * ROWS;
-            const int mine = ROOM > 1 ? 0 : g + t;  // else it is counted in
+            const int first = ROOM > 1 ? 0 : g + t;  // else it is counted in
             if constexpr (HALVES) {
                 float all[4];
                 for (int j = 0; j < 4; j++) all[j] = NIBBLES ? c[1][j] : c[0][j] + c[1][j];
                 if constexpr (ROOM == 1) {
-                    if (t == 0) sums_here[mine] = all[0], sums_here[mine + 8] = all[2];
+                    if (t == 0) sums_here[first] = all[0], sums_here[first + 8] = all[2];
                 } else if (2 * t < ROOM) {
                     *(float2*)sums_here = make_float2(all[0], all[1]);
                     *(float2*)(sums_here + 8 * ROOM) = make_float2(all[2], all[3]);
@@ -913,7 +914,7 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
                 for (int d = PLANES / 2; d < 4; d *= 2)
                     for (int j = 0; j < 2; j++) sum[0][j] += __shfl_xor_sync(~0u, sum[0][j], d);
                 for (int j = 0; j < TILES; j++)
-                    if (t + 4 * j < ROOM) sums_here[mine + 4 * j] = sum[j][0], sums_here[mine + 8 * ROOM + 4 * j] = sum[j][1];
+                    if (t + 4 * j < ROOM) sums_here[first + 4 * j] = sum[j][0], sums_here[first + 8 * ROOM + 4 * j] = sum[j][1];
             }
             arrive(told + turn % 2 * 8, lane);
         }
