@@ -559,7 +559,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description="Generate text from a Llama-family checkpoint; with no argument, from the bundled demo model.",
-        epilog=f"Compiled code is kept in {CACHE_DIR / 'inductor'} (TORCHINDUCTOR_CACHE_DIR moves it), "
+        epilog=f"Compiled code is kept in {CACHE_DIR} (Inductor's moves with TORCHINDUCTOR_CACHE_DIR), "
         "so a second --compile of the same model starts faster.",
         formatter_class=lambda prog: Help(prog, width=110, max_help_position=32),
     )

@@ -78,7 +78,7 @@ def _build() -> str:
     command += os.environ.get("HOTLOOP_CXXFLAGS", "").split()
     # -march=native makes the library this CPU's own: a home directory shared between machines needs one for each.
     key = repr((command, source.read_bytes(), torch.__version__, _cpu_flags()))
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "hotloop" / "cpp"
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hotloop" / "cpp"
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default).expanduser()
     library = cache / f"kernels_cpu_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():

@@ -2,11 +2,11 @@
 attend_cuda.cu): kernels.py runs them wherever `supports` and `supports_attend` say so, and Triton elsewhere. And sums
 of small tensors over several GPUs (exchange_cuda.cu), which tp.py runs where they are faster than NCCL's.
 
-What Triton cannot be told: which warps copy weights and which compute, so that copies never wait; int8 and int4 weights
-multiplied by tensor cores as the integers that they are; loads that begin before the kernel before this one has ended,
-and stay in registers. The C++ is compiled by NVRTC, which every CUDA build of PyTorch brings along, in half a second
-a variant, when it is first wanted, and kept in the user's cache directory; no compiler need be installed. Nothing is
-loaded on import.
+What Triton cannot be told: which warps copy weights and which compute, so that copies never wait; int8 weights, and
+int4 ones for up to 4 rows, multiplied by tensor cores as the integers that they are; loads that begin before the kernel
+before this one has ended, and stay in registers. The C++ is compiled by NVRTC, which every CUDA build of PyTorch brings
+along, in half a second a variant, when it is first wanted, and kept in the user's cache directory; no compiler need be
+installed. Nothing is loaded on import.
 
 Try it (on such a GPU):  python -c "import torch, kernels_cuda as k; x = torch.ones(2, 256, device='cuda').bfloat16();
                          print(k.linear(x, torch.ones(8, 256, device='cuda').bfloat16()))"

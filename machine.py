@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hotloop"
+CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hotloop"
 
 
 def pick_device(name: str | None, kinds: Sequence[str] = ("cuda", "mps", "cpu")) -> torch.device:

@@ -1,5 +1,6 @@
 """The CUDA C++ kernels against their references, on a GPU that has what they need; plans and guards anywhere."""
 
+import contextlib
 import itertools
 import sys
 from pathlib import Path
@@ -350,6 +351,33 @@ def test_plans_fit(kind, h200):
         cases = itertools.product((4, 5, 8), (4096, 11008, 14336))
         plans = [k._plan(kind, 32, M, 4096, K, False, None) for M, K in cases]
         assert [(p.split, p.one) for p in plans] == 3 * [(1, True), (4, True), (4, True)]
+
+
+def test_as_many_clusters_as_run_at_a_time(h200, monkeypatch):
+    """What the driver says counts, between what all multiprocessors would hold and what plans have room for."""
+    says = []
+
+    def driver(count, function, config):
+        config = config._obj
+        assert function == "function" and tuple(config.grid) == (132, 1, 1) and config.shared == plan.shared
+        assert config.block[0] == plan.threads and tuple(config.attributes[0].value[:3]) == (4, 1, 1)
+        count._obj.value = says[0]
+        return says[1]
+
+    monkeypatch.setattr(k, "_libraries", lambda: (None, SimpleNamespace(cuOccupancyMaxActiveClusters=driver)))
+    monkeypatch.setattr(k, "_function", lambda *a: "function")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(k, "_clusters", k._clusters.__wrapped__)
+    plan = k._plan(3, 32, 8, 4096, 14336, False, None)
+    for count, launched in ((30, 30), (33, 33), (40, 33), (24, 24), (3, 24), (0, 24)):
+        says[:] = count, 0
+        assert k._clusters((), plan, None) == launched
+    says[1] = 1
+    with pytest.raises(RuntimeError, match="cuOccupancyMaxActiveClusters failed with error 1"):
+        k._clusters((), plan, None)
+    for kind, M, blocks in ((3, 8, 132), (2, 8, 66), (0, 1, 132)):  # of 4,096 columns, which fours never share
+        plan = k._plan(kind, 32, M, 4096, 4096, False, None)
+        assert k._clusters((), plan, None) == blocks, "without asking"
 
 
 @pytest.mark.parametrize("kind", range(4))
