@@ -73,12 +73,11 @@ def compile_decode(model: Transformer) -> Callable:
     Prefill is not compiled: it is matrix products, which libraries do, and Inductor takes a minute for 32 layers of it.
     """
     graphed = model.tok_embeddings.weight.is_cuda
-    step = torch.compile(
-        advance if graphed else decode_one_token,
-        fullgraph=True,
-        # The first lets Inductor's matrix-vector kernels stream; the second draws the same numbers as eager code.
-        options={"coordinate_descent_tuning": True, "fallback_random": True},
-    )
+    # The first lets Inductor's matrix-vector kernels stream; the second draws the same numbers as eager code.
+    options = {"coordinate_descent_tuning": True, "fallback_random": True}
+    if graphed:  # few kernels are left to Inductor, and a process would wait 10 s at its end for a pool of workers
+        options["compile_threads"] = 1
+    step = torch.compile(advance if graphed else decode_one_token, fullgraph=True, options=options)
 
     def decode(model, token, input_pos, slots, sample):
         torch._dynamo.mark_dynamic(slots, 0)

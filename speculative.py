@@ -14,6 +14,7 @@ sampling.Sampler). Shapes: B rows, k proposed tokens, T = k + 1 verified ones, V
 Sources: speculative sampling (arXiv 2211.17192, 2302.01318); prompt lookup decoding (github.com/apoorvumang).
 """
 
+import functools
 import math
 import statistics
 import time
@@ -168,16 +169,19 @@ def verify_proposal(model, tokens, pos, last, slots, sampler, probs, noise, out,
 
 def compile_step(step: Callable, slots_at: int) -> Callable:
     """`step` compiled, once for each number of tokens and for all context lengths. slots_at: the argument `slots`."""
-    compiled = torch.compile(
-        step,
-        fullgraph=True,
-        dynamic=False,  # other token counts are other programs; of slots there are any number
-        options={"coordinate_descent_tuning": True, "fallback_random": True},  # as generate.compile_decode has them
-    )
+
+    @functools.cache
+    def compiled(cuda: bool) -> Callable:
+        options = {"coordinate_descent_tuning": True, "fallback_random": True}  # as generate.compile_decode has them
+        if cuda:
+            options["compile_threads"] = 1
+        # Other token counts are other programs; of slots there are any number.
+        return torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
     def run(*args):
-        torch._dynamo.mark_dynamic(args[slots_at], 0)
-        return compiled(*args)
+        slots = args[slots_at]
+        torch._dynamo.mark_dynamic(slots, 0)
+        return compiled(slots.is_cuda)(*args)
 
     return run
 
