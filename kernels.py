@@ -3,6 +3,7 @@
     linear      x [..., K] through a weight as it is stored (bf16, int8, fp8, int4), streamed once for up to 16 rows,
                 with RMSNorm before it and bias, gate or residual add after it in the same kernel
     attend      a few new tokens a row: RoPE, the write to the KV cache, and attention split over the context
+    layers      for a compiler, all layers of a model for a few new tokens: one operator that calls the above
     top_k       the k largest of each row of logits, sorted, with their ids
     embed       what the first layer takes: tokens' rows of the embedding, and the angles of their positions
     rms_norm, gated, rotated_queries, dequantized
@@ -10,7 +11,7 @@
     read_sum    reads memory and does nothing else: the bandwidth that all of this is measured against
 
 `fuse(model)` swaps modules that use them into the five seams of a model's layers, and makes the model one of a class
-with `FusedEnds`. The kernels are in files by job, each beside its plain PyTorch reference: kernels_linear.py,
+with `FusedModel`. The kernels are in files by job, each beside its plain PyTorch reference: kernels_linear.py,
 kernels_attend.py, kernels_one_pass.py and kernels_top_k.py in Triton, some of them again, for GPUs since Hopper, in
 kernels_cuda.py. Triton is imported when a kernel is first wanted, so that a machine without it can import these files;
 there, and on a CPU, the references run. Under TRITON_INTERPRET=1 the kernels run on the CPU, for tests.
@@ -21,9 +22,11 @@ Sources: https://pytorch.org/tutorials/advanced/python_custom_ops.html (operator
 """
 
 import functools
+import itertools
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 
@@ -330,8 +333,18 @@ class FusedAttention(nn.Module):
         )  # fmt: skip
 
 
-class FusedEnds:
-    """What model.Transformer does before and after its layers, in one kernel each. `fuse` makes a model one of both."""
+class FusedModel:
+    """What model.Transformer does before and after its layers, in one kernel each; and for a compiler, all layers as
+    one operator. `fuse` makes a model one of both."""
+
+    def take_number(self) -> None:
+        """Be known by the lowest free number: what compilers keep on disk has it, and is to serve the next process."""
+        self.number = next(n for n in itertools.count() if n not in _models)
+        _models[self.number] = self
+
+    def __setstate__(self, state: dict) -> None:  # of a copy, which is another model
+        super().__setstate__(state)
+        self.take_number()
 
     def embed(self, tokens: Tensor, pos: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """As model.Transformer.embed; the plain one where the embedding is trained."""
@@ -345,6 +358,14 @@ class FusedEnds:
         )
         return x if all_reduce is None else all_reduce(x), angles[0].unbind(), angles[-1].unbind()
 
+    def run_layers(self, x: Tensor, rope, rope_local, pos: Tensor, slots: Tensor | None) -> Tensor:
+        """As model.Transformer.run_layers. Where the kernels leave nothing between them to compile, a compiler need
+        not go through each layer, which takes seconds: it sees one operator."""
+        few = few_rows(x) and x.shape[1] * self.layers[0].attention.group <= ATTEND_ROWS
+        if self.all_kernels and few and slots is not None and torch.compiler.is_compiling():
+            return torch.ops.hotloop.layers(x, rope, rope_local, pos, self.number)
+        return super().run_layers(x, rope, rope_local, pos, slots)
+
     def head(self, x: Tensor) -> Tensor:
         """As model.Transformer.head."""
         if torch.compiler.is_compiling():
@@ -352,9 +373,18 @@ class FusedEnds:
         return norm_linear(self.norm, self.output, x)
 
 
+_models: weakref.WeakValueDictionary[int, FusedModel] = weakref.WeakValueDictionary()
+
+
+def _layers(x: Tensor, rope: list[Tensor], rope_local: list[Tensor], pos: Tensor, number: int) -> Tensor:
+    """The operator hotloop::layers: FusedModel.run_layers of few rows; keys and values go to the model's caches."""
+    model = _models[number]
+    return model.run_layers(x, rope, rope_local, pos, model.slots)
+
+
 @functools.cache
-def _with_ends(plain: type) -> type:
-    return type(f"Fused{plain.__name__}", (FusedEnds, plain), {})
+def _fused(plain: type) -> type:
+    return type(f"Fused{plain.__name__}", (FusedModel, plain), {})
 
 
 def fuse(model: nn.Module) -> None:
@@ -385,7 +415,12 @@ def fuse(model: nn.Module) -> None:
         if swap:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, swap(module))
-    model.__class__ = _with_ends(type(model))
+    model.__class__ = _fused(type(model))
+    branches = [getattr(layer, name, None) for layer in model.layers for name in ("out", "down")]
+    model.all_kernels = all(isinstance(layer.attention, FusedAttention) for layer in model.layers) and all(
+        isinstance(b, FusedLinearResidual) and b.all_reduce is None for b in branches
+    )
+    model.take_number()
 
 
 # --------------------------------------------------------------------------------------------------- the operators
@@ -412,6 +447,7 @@ def _triton() -> torch.library.Library:
         "Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor(e!) count, Tensor? q_norm, Tensor? k_norm, int group, "
         "float scale, float softcap, int window, float eps, float offset) -> Tensor"
     )
+    library.define("layers(Tensor x, Tensor[] rope, Tensor[] rope_local, Tensor pos, int number) -> Tensor")
     library.define("top_k(Tensor logits, int k) -> (Tensor, Tensor)")
     library.define(
         "embed(Tensor tokens, Tensor weight, int start, float scale, Tensor pos, Tensor[] inv_freq, float[] factors) "
@@ -428,6 +464,7 @@ def _triton() -> torch.library.Library:
     operators = {
         "linear": _linear,
         "attend": _attend,
+        "layers": _layers,
         "top_k": _either(kernels_top_k.top_k, torch.topk),
         "embed": _either(kernels_attend.embed, embed_reference),
         "rms_norm": _either(kernels_one_pass.rms_norm, rms_norm_reference),
@@ -445,6 +482,10 @@ def _triton() -> torch.library.Library:
     @torch.library.register_fake("hotloop::attend", lib=library)
     def attend_shape(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, count, q_norm, k_norm, group, *more):
         return qkv.new_empty(*qkv.shape[:2], k_cache.shape[1] * group * k_cache.shape[3])
+
+    @torch.library.register_fake("hotloop::layers", lib=library)
+    def layers_shape(x, rope, rope_local, pos, number):
+        return x.new_empty(x.shape)
 
     @torch.library.register_fake("hotloop::top_k", lib=library)
     def top_k_shape(logits, k):

@@ -509,7 +509,10 @@ class Transformer(nn.Module):
             pos = torch.arange(tokens.shape[1], device=tokens.device)[None]
         else:
             pos, slots = input_pos, self.slots if slots is None else slots
-        x, rope, rope_local = self.embed(tokens, pos)
+        return self.run_layers(*self.embed(tokens, pos), pos, slots)
+
+    def run_layers(self, x: Tensor, rope, rope_local, pos: Tensor, slots: Tensor | None) -> Tensor:
+        """All layers, of what `embed` returns: [B, T, C] -> [B, T, C]."""
         for layer in self.layers:
             x = layer(x, rope if layer.attention.window is None else rope_local, pos, slots)
         return x

@@ -4,6 +4,7 @@ The interpreter is chosen when Triton is imported, for the whole process, so on 
 pytest of their own, beside the first: conftest.py starts it, and the first test below looks at how it ended.
 """
 
+import copy
 import os
 
 import pytest
@@ -364,7 +365,7 @@ else:
         fused.load_state_dict(plain.state_dict())
         names = list(fused.state_dict())
         kernels.fuse(fused)
-        assert list(fused.state_dict()) == names and isinstance(fused, kernels.FusedEnds)
+        assert list(fused.state_dict()) == names and isinstance(fused, kernels.FusedModel)
         for batch in (1, 3):
             plain.setup_caches(batch, 40)
             fused.setup_caches(batch, 40)
@@ -373,6 +374,50 @@ else:
             for a, b in [(0, 12), (12, 17), (17, 18), (18, 19), (19, 20)]:
                 expected = plain(tokens[:, a:b], pos[:, a:b])
                 assert relative(fused(tokens[:, a:b], pos[:, a:b]), expected) < 5e-6
+
+    def test_a_compiler_sees_the_layers_as_one_operator():
+        args = m.ModelArgs(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=64, vocab_size=99,
+                           max_seq_len=64)  # fmt: skip
+        model = m.Transformer(args).to(DEVICE).eval().requires_grad_(False)
+        kernels.fuse(model)
+        model.setup_caches(2, 20)
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append([str(node.target).removesuffix(".default") for node in graph.graph.nodes])
+            return graph.forward
+
+        def check(model, batch=2, count=1):
+            """The compiled model computes what the other does, and leaves the same keys -> what its graph calls."""
+            torch._dynamo.reset()
+            tokens = torch.randint(0, 99, (batch, count), device=DEVICE)
+            pos = 3 + torch.arange(count, device=DEVICE).expand(batch, -1)
+            caches = [layer.attention.cache for layer in model.layers]
+            outputs = []
+            for forward in (model.forward, torch.compile(model.forward, fullgraph=True, backend=backend)):
+                for cache in caches:
+                    cache.k.fill_(0.5), cache.v.fill_(0.25)
+                outputs.append([forward(tokens, pos, model.slots), *(c.k.clone() for c in caches)])
+            for a, b in zip(*outputs, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+            assert (outputs[0][1] != 0.5).any()
+            return graphs[-1]
+
+        for batch, count in [(2, 1), (1, 4)]:
+            graph = check(model, batch, count)
+            assert graph.count("hotloop.layers") == 1 and "hotloop.attend" not in graph
+        assert "hotloop.layers" not in check(model, 2, 9)  # more rows than the kernels of a decode step have
+
+        twin = copy.deepcopy(model)
+        for weight in twin.parameters():
+            weight *= 1.5
+        assert "hotloop.layers" in check(twin) and "hotloop.layers" in check(model)
+
+        sharded = m.Transformer(args).to(DEVICE).eval().requires_grad_(False)
+        sharded.layers[1].down.all_reduce = lambda x: x
+        kernels.fuse(sharded)
+        sharded.setup_caches(2, 20)
+        assert "hotloop.layers" not in check(sharded)
 
     def test_inductor_knows_what_follows_the_head():
         from torch._inductor.lowering import lowerings
