@@ -342,7 +342,7 @@ class FusedModel:
         self.number = next(n for n in itertools.count() if n not in _models)
         _models[self.number] = self
 
-    def __setstate__(self, state: dict) -> None:  # of a copy, which is another model
+    def __setstate__(self, state: dict) -> None:  # of a copy (copy.copy, copy.deepcopy), which is another model
         super().__setstate__(state)
         self.take_number()
 
@@ -361,9 +361,10 @@ class FusedModel:
     def run_layers(self, x: Tensor, rope, rope_local, pos: Tensor, slots: Tensor | None) -> Tensor:
         """As model.Transformer.run_layers. Where the kernels leave nothing between them to compile, a compiler need
         not go through each layer, which takes seconds: it sees one operator."""
-        few = few_rows(x) and x.shape[1] * self.layers[0].attention.group <= ATTEND_ROWS
-        if self.all_kernels and few and slots is not None and torch.compiler.is_compiling():
-            return torch.ops.hotloop.layers(x, rope, rope_local, pos, self.number)
+        attention = self.layers[0].attention
+        few = few_rows(x) and x.shape[1] * attention.group <= ATTEND_ROWS and slots is not None and use_triton(x)
+        if self.all_kernels and few and torch.compiler.is_compiling():
+            return torch.ops.hotloop.layers(x, rope, rope_local, pos, attention.count, self.number)
         return super().run_layers(x, rope, rope_local, pos, slots)
 
     def head(self, x: Tensor) -> Tensor:
@@ -376,10 +377,12 @@ class FusedModel:
 _models: weakref.WeakValueDictionary[int, FusedModel] = weakref.WeakValueDictionary()
 
 
-def _layers(x: Tensor, rope: list[Tensor], rope_local: list[Tensor], pos: Tensor, number: int) -> Tensor:
-    """The operator hotloop::layers: FusedModel.run_layers of few rows; keys and values go to the model's caches."""
+def _layers(x: Tensor, rope: list[Tensor], rope_local: list[Tensor], pos: Tensor, count: Tensor, number: int) -> Tensor:
+    """The operator hotloop::layers: FusedModel.run_layers of few rows, each of which reads its own length, so that any
+    slots will do. Weights and caches are the model's, not arguments. `count`, an attention's, is there to be declared
+    as changed, which it is: that keeps a compiler from dropping or moving calls, since caches change with them."""
     model = _models[number]
-    return model.run_layers(x, rope, rope_local, pos, model.slots)
+    return super(FusedModel, model).run_layers(x, rope, rope_local, pos, model.slots)
 
 
 @functools.cache
@@ -447,7 +450,9 @@ def _triton() -> torch.library.Library:
         "Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor(e!) count, Tensor? q_norm, Tensor? k_norm, int group, "
         "float scale, float softcap, int window, float eps, float offset) -> Tensor"
     )
-    library.define("layers(Tensor x, Tensor[] rope, Tensor[] rope_local, Tensor pos, int number) -> Tensor")
+    library.define(
+        "layers(Tensor x, Tensor[] rope, Tensor[] rope_local, Tensor pos, Tensor(a!) count, int number) -> Tensor"
+    )
     library.define("top_k(Tensor logits, int k) -> (Tensor, Tensor)")
     library.define(
         "embed(Tensor tokens, Tensor weight, int start, float scale, Tensor pos, Tensor[] inv_freq, float[] factors) "
@@ -484,7 +489,7 @@ def _triton() -> torch.library.Library:
         return qkv.new_empty(*qkv.shape[:2], k_cache.shape[1] * group * k_cache.shape[3])
 
     @torch.library.register_fake("hotloop::layers", lib=library)
-    def layers_shape(x, rope, rope_local, pos, number):
+    def layers_shape(x, rope, rope_local, pos, count, number):
         return x.new_empty(x.shape)
 
     @torch.library.register_fake("hotloop::top_k", lib=library)
