@@ -417,6 +417,13 @@ else:
         assert [graph.count("hotloop.layers") for graph in graphs] == [one]
         assert not (one and "hotloop.attend" in graphs[0])
 
+    def test_layers_run_while_another_thread_compiles(monkeypatch):
+        model, tokens = fused(m.Transformer(m.ModelArgs(**SMALL))), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+        expected = run(m.Transformer.forward, model, tokens)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as it is then, in all threads
+        for a, b in zip(run(m.Transformer.forward, model, tokens), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=0, rtol=0)
+
     def test_layers_of_a_model_in_shards_are_seen_one_by_one():
         plain, graphs = m.Transformer(m.ModelArgs(**SMALL)), []
         plain.layers[1].down.all_reduce = lambda x: x
