@@ -19,12 +19,12 @@ from torch import Tensor
 
 from checkpoint import load_model
 from generate import compile_decode, fill, generate, make_speculation, warm_up, weight_bytes
-from graphs import graph_slots
+from graphs import compile_step, graph_slots
 from machine import seconds, synchronize
 from model import Transformer
 from quantize import make_recipe
 from sampling import Sampler
-from speculative import MAX_K, Speculation, compile_step, count_kept, kept_and_next
+from speculative import MAX_K, Speculation, count_kept, kept_and_next
 from tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
@@ -56,8 +56,9 @@ def pass_ms(model: Transformer, T: int, batch: int, context: int, compile: bool)
     model.setup_caches(batch, context + T)
     tokens = torch.randint(model.args.vocab_size, (batch, T), device=device)
     input_pos = torch.arange(context, context + T, device=device).expand(batch, T).contiguous()
-    runner, slots = Speculation(fill, graph_slots, compile=compile), graph_slots(model, context + T)
-    forward = compile_step(Transformer.forward, 3) if compile else Transformer.forward
+    runner = Speculation(fill, graph_slots, compile=compile_step if compile else None)
+    slots, forward = graph_slots(model, context + T), Transformer.forward
+    forward = compile_step(forward, 3) if compile else forward
     many = 20 if device.type == "cuda" else 5
 
     def work():

@@ -31,7 +31,7 @@ import lifeline
 import tp
 from checkpoint import load_model, read_config, read_json, resolve
 from draft import load_draft, pick_k
-from graphs import GraphedDecode, GraphedPrefill, graph_slots, reads_own_length, slots_for
+from graphs import GraphedDecode, GraphedPrefill, compile_step, graph_slots, reads_own_length, slots_for
 from machine import (
     CACHE_DIR,
     check_compiler,
@@ -73,17 +73,8 @@ def compile_decode(model: Transformer) -> Callable:
     Prefill is not compiled: it is matrix products, which libraries do, and Inductor takes a minute for 32 layers of it.
     """
     graphed = model.tok_embeddings.weight.is_cuda
-    # The first lets Inductor's matrix-vector kernels stream; the second draws the same numbers as eager code.
-    options = {"coordinate_descent_tuning": True, "fallback_random": True}
-    if graphed:  # few kernels are left to Inductor, and a process would wait 10 s at its end for a pool of workers
-        options["compile_threads"] = 1
-    step = torch.compile(advance if graphed else decode_one_token, fullgraph=True, options=options)
-
-    def decode(model, token, input_pos, slots, sample):
-        torch._dynamo.mark_dynamic(slots, 0)
-        return step(model, token, input_pos, slots, sample)
-
-    return GraphedDecode(decode) if graphed else decode
+    step = compile_step(advance if graphed else decode_one_token, 3, dynamic=None)
+    return GraphedDecode(step) if graphed else step
 
 
 def compile_prefill(model: Transformer) -> Callable:
@@ -190,7 +181,7 @@ def fill(model: Transformer, prompts: Sequence[Sequence[int]], start: int = 0, p
 def make_speculation(k: int | str, draft: Transformer | None, compile: bool) -> Speculation:
     """A Speculation whose draft reads prompts as the model does: compiled, by graphs of its own."""
     read = functools.partial(fill, prefill=compile_prefill(draft)) if compile and draft is not None else fill
-    return Speculation(read, graph_slots, k, draft, compile)
+    return Speculation(read, graph_slots, k, draft, compile_step if compile else None)
 
 
 def check_lengths(shortest: int, longest: int, max_new_tokens: int, limit: int) -> None:

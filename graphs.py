@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: a decode step, and the prefill of a short prompt, each replayed with one launch.
+"""Steps compiled, and as CUDA graphs: a decode step, and the prefill of a short prompt, each replayed with one launch.
 
     python generate.py --compile --prompt "def fibonacci(n):"     # on a GPU these are what runs
 
@@ -8,6 +8,7 @@ cache slots in few sizes. The file imports nothing of the repository: what is ca
 Sources: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,29 @@ def slots_for(model: nn.Module, length: int) -> Tensor:
 def graph_slots(model: nn.Module, length: int) -> Tensor:
     """`slots_for`, but one size for all where attention does not look at it: fewer graphs."""
     return model.slots if reads_own_length(model) else slots_for(model, length)
+
+
+# ---------------------------------------------------------------------------------------------------------- compiling
+def compile_step(step: Callable, slots_at: int, dynamic: bool | None = False) -> Callable:
+    """`step` by torch.compile, for all context lengths at once. slots_at: where among its arguments `slots` is.
+
+    dynamic: False, and each number of rows and tokens is a program of its own; None, and from the second on they share.
+    """
+
+    @functools.cache
+    def compiled(cuda: bool) -> Callable:
+        # The first lets Inductor's matrix-vector kernels stream; the second draws the same numbers as eager code.
+        options = {"coordinate_descent_tuning": True, "fallback_random": True}
+        if cuda:  # few kernels are left to Inductor, and a process would wait 10 s at its end for a pool of workers
+            options["compile_threads"] = 1
+        return torch.compile(step, fullgraph=True, dynamic=dynamic, options=options)
+
+    def run(*args):
+        slots = args[slots_at]
+        torch._dynamo.mark_dynamic(slots, 0)
+        return compiled(slots.is_cuda)(*args)
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------- capturing

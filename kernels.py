@@ -362,8 +362,8 @@ class FusedModel:
         """As model.Transformer.run_layers. Where the kernels leave nothing between them to compile, a compiler need
         not go through each layer, which takes seconds: it sees one operator."""
         attention = self.layers[0].attention
-        few = few_rows(x) and x.shape[1] * attention.group <= ATTEND_ROWS and slots is not None and use_triton(x)
-        if self.all_kernels and few and torch.compiler.is_compiling():
+        few = few_rows(x) and x.shape[1] * attention.group <= ATTEND_ROWS
+        if torch.compiler.is_compiling() and self.all_kernels and few and slots is not None and use_triton(x):
             return torch.ops.hotloop.layers(x, rope, rope_local, pos, attention.count, self.number)
         return super().run_layers(x, rope, rope_local, pos, slots)
 

@@ -14,7 +14,6 @@ sampling.Sampler). Shapes: B rows, k proposed tokens, T = k + 1 verified ones, V
 Sources: speculative sampling (arXiv 2211.17192, 2302.01318); prompt lookup decoding (github.com/apoorvumang).
 """
 
-import functools
 import math
 import statistics
 import time
@@ -165,25 +164,6 @@ def verify_proposal(model, tokens, pos, last, slots, sampler, probs, noise, out,
     two = torch.where(which == 0, tokens.gather(1, end), new.gather(1, end))
     out.copy_(new)
     state.copy_(torch.stack([two, torch.minimum(pos[:, :1] + end + which, last)]))
-
-
-def compile_step(step: Callable, slots_at: int) -> Callable:
-    """`step` compiled, once for each number of tokens and for all context lengths. slots_at: the argument `slots`."""
-
-    @functools.cache
-    def compiled(cuda: bool) -> Callable:
-        options = {"coordinate_descent_tuning": True, "fallback_random": True}  # as generate.compile_decode has them
-        if cuda:
-            options["compile_threads"] = 1
-        # Other token counts are other programs; of slots there are any number.
-        return torch.compile(step, fullgraph=True, dynamic=False, options=options)
-
-    def run(*args):
-        slots = args[slots_at]
-        torch._dynamo.mark_dynamic(slots, 0)
-        return compiled(slots.is_cuda)(*args)
-
-    return run
 
 
 # ------------------------------------------------------------------------------------------------- how many to propose
@@ -393,11 +373,14 @@ class Speculation:
 
     fill(model, rows, start): run rows (lists of ids) into a model's cache from position `start` on.
     slots_for(model, n): the cache slots to attend to for n tokens. k: tokens to propose, 1 to MAX_K, or "auto".
-    draft: a model, or None to look up in the text so far. compile: torch.compile the steps, and on CUDA capture them.
+    draft: a model, or None to look up in the text so far. compile(step, slots_at): a step compiled, `slots` being its
+    argument number slots_at; on CUDA such steps are then captured. None: eager steps.
     Raises ValueError for another k.
     """
 
-    def __init__(self, fill: Callable, slots_for: Callable, k: int | str = 4, draft=None, compile: bool = False):
+    def __init__(
+        self, fill: Callable, slots_for: Callable, k: int | str = 4, draft=None, compile: Callable | None = None
+    ):
         if k != "auto" and not (isinstance(k, int) and 1 <= k <= MAX_K):
             raise ValueError(f"--speculate_k {k}: it must be auto, or a number from 1 to {MAX_K}")
         self.fill, self.slots_for, self.draft = fill, slots_for, draft
@@ -405,9 +388,9 @@ class Speculation:
         self.depths = DEPTHS if k == "auto" else (k,)
         self.max_k = max(self.depths)
         self.forced: int | None = None  # a k that every step uses, match or not: for warming up
-        self.draft_step = compile_step(draft_one_token, 3) if compile else draft_one_token
-        self.verify_step = compile_step(verify_proposal, 4) if compile else verify_proposal
-        self.graphed, self.graphs, self.buffers = compile, {}, {}
+        self.draft_step = compile(draft_one_token, 3) if compile else draft_one_token
+        self.verify_step = compile(verify_proposal, 4) if compile else verify_proposal
+        self.graphed, self.graphs, self.buffers = compile is not None, {}, {}
         self.cached: list[int] = []  # how many leading tokens of each row the draft's cache holds
         self.statistics = Statistics(self.max_k)
 

@@ -376,15 +376,15 @@ else:
                 expected = plain(tokens[:, a:b], pos[:, a:b])
                 assert relative(fused(tokens[:, a:b], pos[:, a:b]), expected) < 5e-6
 
-    SMALL = dict(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=64, vocab_size=99, max_seq_len=64)
-
-    def fused(plain):
-        model = plain.to(DEVICE).eval().requires_grad_(False)
+    def small_model(all_reduce=None, **changes):
+        args = dict(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=64, vocab_size=99)
+        model = m.Transformer(m.ModelArgs(**args | changes, max_seq_len=64)).to(DEVICE).eval().requires_grad_(False)
+        model.layers[1].out.all_reduce = all_reduce
         kernels.fuse(model)
         model.setup_caches(2, 30)
         return model
 
-    def run(forward, model, tokens):
+    def run_from_3(forward, model, tokens):
         """`forward`'s logits of tokens [B, T] at positions from 3 on, and all keys and values that are then there."""
         caches = [getattr(layer.attention.cache, name) for layer in model.layers for name in "kv"]
         for i, cache in enumerate(caches):
@@ -392,69 +392,65 @@ else:
         pos = 3 + torch.arange(tokens.shape[1], device=DEVICE).expand(len(tokens), -1)
         return [forward(model, tokens, pos, model.slots), *(c.clone() for c in caches)]
 
-    def compiled(forward, graphs):
+    def check_step(step, model, tokens, eager=m.Transformer.forward):
+        for a, b in zip(run_from_3(step, model, tokens), run_from_3(eager, model, tokens), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+    def traced(graphs):
+        """A model's forward pass as a compiler traces it; `graphs` gets the names of what each graph calls."""
+
         def backend(graph, inputs):
             graphs.append([str(node.target).removesuffix(".default") for node in graph.graph.nodes])
             return graph.forward
 
         torch._dynamo.reset()
-        return torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
+        return torch.compile(m.Transformer.forward, fullgraph=True, dynamic=False, backend=backend)
 
-    @pytest.mark.parametrize("plain, B, T, one", [
+    @pytest.mark.parametrize("changes, B, T, one", [
         (dict(), 2, 1, True), (dict(), 1, 8, True), (dict(), 2, 8, True), (dict(), 1, 17, False), (dict(), 2, 9, False),
         (dict(n_heads=8), 1, 8, True), (dict(n_heads=8), 1, 9, False),
         (dict(qkv_bias=True, qk_norm=True, sliding_window=4, sliding_layers=[True, False], rope_theta=1e6,
               rope_local_theta=1e4), 2, 2, True),
         (dict(post_norms=True), 2, 1, False), (dict(n_experts=4, n_experts_per_token=2), 2, 1, False),
         (dict(head_dim=48), 2, 1, False)], ids=str)  # fmt: skip
-    def test_a_compiler_sees_the_layers_as_one_operator(plain, B, T, one):
+    def test_a_compiler_sees_the_layers_as_one_operator(changes, B, T, one):
         """Where kernels do all of them, and no rank shares them: of few rows, and few of attention's."""
-        model, graphs = fused(m.Transformer(m.ModelArgs(**SMALL | plain))), []
-        tokens = torch.randint(0, 99, (B, T), device=DEVICE)
-        step = compiled(lambda model, *inputs: model(*inputs), graphs)
-        for a, b in zip(run(step, model, tokens), run(m.Transformer.forward, model, tokens), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        model, tokens, graphs = small_model(**changes), torch.randint(0, 99, (B, T), device=DEVICE), []
+        check_step(traced(graphs), model, tokens)
         assert [graph.count("hotloop.layers") for graph in graphs] == [one]
         assert not (one and "hotloop.attend" in graphs[0])
 
     def test_layers_run_while_another_thread_compiles(monkeypatch):
-        model, tokens = fused(m.Transformer(m.ModelArgs(**SMALL))), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
-        expected = run(m.Transformer.forward, model, tokens)
+        model, tokens = small_model(), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+        expected = run_from_3(m.Transformer.forward, model, tokens)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as it is then, in all threads
-        for a, b in zip(run(m.Transformer.forward, model, tokens), expected, strict=True):
+        for a, b in zip(run_from_3(m.Transformer.forward, model, tokens), expected, strict=True):
             torch.testing.assert_close(a, b, atol=0, rtol=0)
 
     def test_layers_of_a_model_in_shards_are_seen_one_by_one():
-        plain, graphs = m.Transformer(m.ModelArgs(**SMALL)), []
-        plain.layers[1].down.all_reduce = lambda x: x
-        step = compiled(lambda model, *inputs: model(*inputs), graphs)
-        run(step, fused(plain), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE))
+        model, graphs = small_model(all_reduce=lambda x: x), []
+        run_from_3(traced(graphs), model, torch.zeros(1, 1, dtype=torch.int64, device=DEVICE))
         assert graphs[0].count("hotloop.attend") == 2 and "hotloop.layers" not in graphs[0]
 
     def test_one_compiled_step_serves_several_models():
         """Each by its number, also a copy; and one that comes after another, by the same code."""
-        model, graphs = fused(m.Transformer(m.ModelArgs(**SMALL))), []
+        model, graphs = small_model(), []
         twin = copy.deepcopy(model)
         for weight in twin.parameters():
             weight *= 1.5
         tokens = torch.randint(0, 99, (2, 1), device=DEVICE)
-        step = compiled(lambda model, *inputs: model(*inputs), graphs)
-
-        def check(which):
-            for a, b in zip(run(step, which, tokens), run(m.Transformer.forward, which, tokens), strict=True):
-                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
+        step = traced(graphs)
         for which in (model, twin, model):
-            check(which)
+            check_step(step, which, tokens)
         assert len(graphs) == 2 and model.number != twin.number
         free = twin.number
         del which, twin
         gc.collect()
-        other = fused(m.Transformer(m.ModelArgs(**SMALL)))
-        check(other)
+        other = small_model()
+        check_step(step, other, tokens)
         assert other.number == free and len(graphs) == 2
         other.setup_caches(2, 60)
-        check(other)
+        check_step(step, other, tokens)
 
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_a_compiler_keeps_calls_of_the_layers_for_what_they_leave_in_the_caches(backend):
@@ -462,11 +458,10 @@ else:
             model.features(tokens[:, :1], pos[:, :1], slots)
             return model(tokens[:, 1:], pos[:, 1:], slots)
 
-        model, tokens = fused(m.Transformer(m.ModelArgs(**SMALL))), torch.randint(0, 99, (2, 2), device=DEVICE)
+        model, tokens = small_model(), torch.randint(0, 99, (2, 2), device=DEVICE)
         torch._dynamo.reset()
         step = torch.compile(one_by_one, fullgraph=True, backend=backend)
-        for a, b in zip(run(step, model, tokens), run(one_by_one, model, tokens), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        check_step(step, model, tokens, one_by_one)
 
     def test_inductor_knows_what_follows_the_head():
         from torch._inductor.lowering import lowerings

@@ -28,6 +28,7 @@ import speculative  # noqa: E402
 import tables  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from generate import Sampler, compile_decode, complete, fill, generate, graph_slots, warm_up  # noqa: E402
+from graphs import compile_step  # noqa: E402
 from quantize import make_recipe  # noqa: E402
 from speculative import MAX_K, Pace, Speculation, accept, accept_greedy, accept_listed, propose_lookup  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -529,7 +530,7 @@ def test_compiled_equals_eager_without_recompilation(tiny):
     torch._dynamo.reset()
     small = dict(n_layers=1, vocab_size=17)
     model, sampler = tiny(**small), Sampler(repetition_penalty=1.2)
-    hows = [speculation(3, perturbed(model, tiny, 0.05, **small), compile=True), speculation(3)]
+    hows = [speculation(3, perturbed(model, tiny, 0.05, **small), compile=compile_step), speculation(3)]
     hows[1].verify_step = hows[0].verify_step
     decode = compile_decode(model)
     model.setup_caches(1, 600)
