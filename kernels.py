@@ -1,7 +1,7 @@
 """What decoding on a GPU takes from kernels, behind one function each: which of them runs where, and their modules.
 
-    linear      x [..., K] through a weight as it is stored (bf16, int8, fp8, int4), streamed once for up to 16 rows,
-                with RMSNorm before it and bias, gate or residual add after it in the same kernel
+    linear      x [..., K] through a weight as it is stored (bf16, int8, fp8, int4), streamed for few rows, with
+                RMSNorm before it and bias, gate or residual add after it in the same kernel
     attend      a few new tokens a row: RoPE, the write to the KV cache, and attention split over the context
     layers      for a compiler, all layers of a model for a few new tokens: one operator that calls the above
     top_k       the k largest of each row of logits, sorted, with their ids
@@ -51,7 +51,7 @@ from kernels_one_pass import (  # noqa: F401 (also what others take from here)
 )
 from kernels_top_k import MAX_TOP_K
 
-SMALL_M = 16  # rows up to which weights are streamed once; beyond, matrix products are bound by arithmetic
+SMALL_M = 16  # rows up to which weights are streamed; beyond, matrix products are bound by arithmetic
 
 _found_triton: bool | None = None  # not functools.cache, which torch.compile would look through
 
@@ -103,12 +103,12 @@ def read_sum(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x [..., K] @ W.T -> [..., N] in x's dtype, sums in float32, W stored as `dequantize` says.
 
-    Up to 16 rows stream the weight once; more rows are a matrix product with the weight dequantized.
+    Few rows stream the weight; more rows are a matrix product with the weight dequantized.
     """
     if use_triton(x):
         if not torch.compiler.is_compiling():
             _triton()  # registers the operators; `fuse` did so for a model
-        if few_rows(x):
+        if few_rows(x, weight):
             return torch.ops.hotloop.linear(x, weight, scale, None, None, None, 0.0, 0.0, "")
         if scale is not None:
             return F.linear(x, torch.ops.hotloop.dequantized(weight, scale, x.dtype))
@@ -125,6 +125,16 @@ def _kernels_cuda() -> ModuleType | None:
     return kernels_cuda
 
 
+def _quantized_m() -> int:
+    """SMALL_M of quantized weights: kernels_cuda.py goes over them several times sooner than they are dequantized."""
+    cuda = _kernels_cuda() if torch.cuda.is_available() else None
+    here = cuda is not None and cuda.available(torch.device("cuda", torch.cuda.current_device()))
+    return cuda.MAX_ROWS * cuda.MAX_PASSES if here else SMALL_M
+
+
+_quantized_m._dynamo_marked_constant = True  # as have_triton
+
+
 def exchange(device: torch.device) -> type | None:
     """kernels_cuda.Exchange, for sums over several GPUs; None where it cannot be compiled."""
     cuda = _kernels_cuda()
@@ -132,11 +142,13 @@ def exchange(device: torch.device) -> type | None:
 
 
 def _linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> Tensor:
-    """The operator hotloop::linear: `linear_reference` in one kernel, for up to 16 rows (in two for two of int4)."""
+    """The operator hotloop::linear: `linear_reference` of few rows in one kernel, or one a pass over the weight."""
     if not use_triton(x):  # the model has moved to a CPU
         return linear_reference(x, weight, scale, bias, norm, residual, eps, offset, activation)
     if _kernels_cuda() and _kernels_cuda().supports(x, weight, scale, bias, norm, residual, bool(activation)):
         return _kernels_cuda().linear(x, weight, scale, bias, norm, residual, eps, offset, activation)
+    if not few_rows(x):  # its columns are not those that kernels_cuda.py takes
+        return linear_reference(x, weight, scale, bias, norm, residual, eps, offset, activation)
     K = x.shape[-1]
     M, N = x.numel() // K, weight.shape[0] // (2 if activation else 1)
     if weight.dtype == torch.uint8 and M == 2:  # one after the other takes two thirds of what the tensor cores take
@@ -207,9 +219,10 @@ def stored(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return linear.weight, getattr(linear, "scale", None) if words is None else words
 
 
-def few_rows(x: Tensor) -> bool:
-    """Whether x has so few rows that its linears stream their weights."""
-    return x.numel() // x.shape[-1] <= SMALL_M
+def few_rows(x: Tensor, weight: Tensor | None = None) -> bool:
+    """Whether x has so few rows that linears stream their weights, or the linear of this weight does."""
+    quantized = weight is not None and weight.dtype.itemsize == 1 and x.dtype == torch.bfloat16
+    return x.numel() // x.shape[-1] <= (_quantized_m() if quantized else SMALL_M)
 
 
 def one_pass(*tensors: Tensor) -> bool:
@@ -246,7 +259,7 @@ class FusedNorm(nn.Module):
 
 def norm_linear(norm: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
     """norm -> linear, in one kernel for few rows."""
-    if not few_rows(x):
+    if not few_rows(x, linear.weight):
         return linear(norm(x))
     return torch.ops.hotloop.linear(x, *stored(linear), linear.bias, norm.weight, None, norm.eps, norm.offset, "")
 
@@ -270,7 +283,7 @@ class FusedNormGateUp(nn.Module):
         self.norm, self.linear, self.name = plain.norm, plain.linear, activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if not few_rows(x):
+        if not few_rows(x, self.linear.weight):
             y = self.linear(self.norm(x))
             return (torch.ops.hotloop.gated if one_pass(y) else gated_reference)(y, self.name)
         n = self.norm
@@ -290,10 +303,11 @@ class FusedLinearResidual(nn.Module):
         self.linear_sum = getattr(plain, "linear_sum", None)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        if few_rows(y) and self.linear_sum:
+        few = few_rows(y, self.linear.weight)
+        if few and self.linear_sum:
             return self.linear_sum(y, *stored(self.linear), self.linear.bias, x)
         residual = x if self.adds_residual else None
-        if few_rows(y):
+        if few:
             z = torch.ops.hotloop.linear(y, *stored(self.linear), self.linear.bias, None, residual, 0.0, 0.0, "")
         else:
             z = self.linear(y) if residual is None else residual + self.linear(y)

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 KINDS = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.int8: 2, torch.uint8: 3}
-MAX_ROWS = 8
+MAX_ROWS = 8  # of x, in one pass over the weight
+MAX_PASSES = 4  # over a quantized one, for which other ways take longer (benchmarks/NOTES.md); of bf16 one
 COLUMNS = (64, 128, 128, 256)  # by kind: what columns must be a multiple of, 128 bytes
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 TILE_ROWS, FLIGHT = 16, 4096  # as in linear_cuda.cu: rows of a tile, bytes of each that are on their way at most
@@ -52,7 +53,8 @@ def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tenso
     pairs: with an activation.
     """
     kind, K = KINDS.get(weight.dtype), x.shape[-1]
-    if kind is None or not 0 < x.numel() // K <= MAX_ROWS or K > MAX_COLUMNS or K % COLUMNS[kind]:
+    rows = x.numel() // K
+    if kind is None or not 0 < rows <= MAX_ROWS * (MAX_PASSES if kind else 1) or K > MAX_COLUMNS or K % COLUMNS[kind]:
         return False
     if not available(x.device) or any(t is not None and t.dtype != torch.bfloat16 for t in (x, bias, norm, residual)):
         return False
@@ -67,8 +69,9 @@ def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tenso
     if kind == 3 and (group not in (32, 64, 128) or K % (8 * group)):
         return False
     # A vocabulary may be so large, or shared memory so small, that there is no room for a ring, or for much of x.
-    plan = _plan(kind, group, x.numel() // K, weight.shape[0] // (1 + pairs), K, pairs, x.device)
-    return plan.stages >= max(3, FLIGHT // plan.chunk) and plan.panels <= MAX_PANELS
+    each = {min(MAX_ROWS, rows - first) for first in range(0, rows, MAX_ROWS)}
+    plans = [_plan(kind, group, M, weight.shape[0] // (1 + pairs), K, pairs, x.device) for M in each]
+    return all(plan.stages >= max(3, FLIGHT // plan.chunk) and plan.panels <= MAX_PANELS for plan in plans)
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
@@ -80,18 +83,28 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     all of them, plus the sum over them of what each computes, in float32, and rounded once. See `Exchange.linear`. Not
     with a norm or an activation, which need all columns.
 
-    Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative to the largest of 128 columns, or of 32;
-    fp8 ones as fp16, relative to the largest of 128; int4 ones, of more than 4 rows, as fp16, relative to the largest
-    of 128 or 256. Of a row of x that is not finite, but for bf16 weights, all results are nan. x may still be on
-    its way from the kernel before this one. Raises RuntimeError where the driver or the compiler reports an error.
+    The weight is read once for each 8 rows. Sums in float32. x meets int8 and int4 weights as 15-bit integers, relative
+    to the largest of 128 columns, or of 32; fp8 ones as fp16, relative to the largest of 128; int4 ones, of more than 4
+    rows, as fp16, relative to the largest of 128 or 256. Of a row of x that is not finite, but for bf16 weights, all
+    results are nan. x may still be on its way from the kernel before this one. Raises RuntimeError where the driver or
+    the compiler reports an error.
     """
     K = x.shape[-1]
-    M, N = x.numel() // K, weight.shape[0] // (2 if activation else 1)
+    rows, N = x.numel() // K, weight.shape[0] // (2 if activation else 1)
+    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    for first in range(0, rows, MAX_ROWS):
+        some = [None if t is None else t.view(rows, -1)[first : first + MAX_ROWS] for t in (x, residual, y)]
+        _pass(*some, weight, scale, bias, norm, eps, offset, activation, exchange)
+    return y if exchange is None else exchange.collect(residual, y)
+
+
+def _pass(x, residual, y, weight, scale, bias, norm, eps, offset, activation, exchange) -> None:
+    """`linear` of up to MAX_ROWS rows, x [M, K] -> y [M, N], all contiguous; one launch."""
+    (M, K), N = x.shape, y.shape[1]
     kind = KINDS[weight.dtype]
     group = K // scale.shape[1] if kind == 3 else 32
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     words = _Words() if exchange is None else exchange.linear_words
-    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     plan = _plan(kind, group, M, N, K, bool(activation), x.device)
     # Copies take their time by the piece, of at most 128 bytes: 32 scales and zeros, where there are whole ones.
     wide = kind == 3 and not any(columns // group % 32 for columns in (K, plan.own, plan.chunk * 2))
@@ -106,7 +119,6 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     function = _function("linear", options, x.device)
     blocks = _clusters(options, plan, x.device) * plan.split
     _launch(function, (blocks, 1), plan.threads, plan.shared, values, x.device, cluster=plan.split)
-    return y if exchange is None else exchange.collect(residual, y)
 
 
 HEAD_DIMS, MAX_TOKENS, MAX_COUNTS = (64, 128), 8, 4096

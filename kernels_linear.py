@@ -76,7 +76,7 @@ def linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> T
     else:
         # float32 has no tensor cores that are exact: tiles are small enough for registers.
         exact = x.dtype == torch.float32
-        BM, (warps, BN, BK, stages) = 8 if M <= 8 else 16, (4, 32, 64, 2) if exact else SMALL_CONFIGS[kind]
+        BM, (warps, BN, BK, stages) = 8 if M <= 8 else 16, (4, 32, 64, 2) if exact else SMALL_CONFIGS[M > 8][kind]
         while 16 < BK >= K:  # Triton 3.6 cannot compile a pipeline of a single step
             BK //= 2
         part, count = _workspace(x.device)
@@ -94,8 +94,11 @@ def linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> T
     return y
 
 
-# Of `small`: warps, rows of W and columns at a time (of int4 a group), pipeline stages.
-SMALL_CONFIGS = {"float": (8, 64, 128, 4), "int8": (4, 64, 256, 4), "fp8": (4, 64, 256, 3), "int4": (8, 512, 0, 4)}
+# Of `small`, for up to 8 rows and for 16: warps, rows of W and columns at a time (of int4 a group), pipeline stages.
+SMALL_CONFIGS = (
+    {"float": (8, 64, 128, 4), "int8": (4, 64, 256, 4), "fp8": (4, 64, 256, 3), "int4": (8, 512, 0, 4)},
+    {"float": (8, 64, 128, 4), "int8": (4, 32, 256, 4), "fp8": (4, 64, 128, 4), "int4": (8, 128, 0, 4)},
+)
 
 
 @functools.cache

@@ -75,6 +75,16 @@ else:
         # int4 rounds x to 20 bits of the largest in its group
         assert relative(kernels.linear(x, *w), expected) < (4e-6 if kind == "int4" else 2e-6)
 
+    def test_linear_of_more_rows_than_triton_takes(monkeypatch):
+        """Quantized, where kernels_cuda.py goes over the weight several times, or would if its columns were others."""
+        kernels._triton()
+        x, w = torch.randn(20, 384, device=DEVICE).bfloat16(), stored("int8", 37, 384, 0)
+        monkeypatch.setattr(kernels, "_quantized_m", lambda: 32)
+        assert kernels.few_rows(x, w[0]) and not kernels.few_rows(x) and not kernels.few_rows(x, w[0].bfloat16())
+        assert not kernels.few_rows(x.float(), w[0]) and not kernels.few_rows(x.repeat(2, 1), w[0])
+        y = kernels.linear(x, *w)
+        assert torch.equal(y, kernels.linear_reference(x, *w))
+
     @pytest.mark.parametrize("kind, group", KINDS[:4])
     @pytest.mark.parametrize("activation", ["", "silu", "gelu", "gelu_tanh"])
     @pytest.mark.parametrize("M", [1, 3, 16])

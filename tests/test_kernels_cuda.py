@@ -84,6 +84,25 @@ if GPU:
         assert ran >= 12
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("kind, group", KINDS[1:])
+    def test_linear_in_several_passes(kind, group):
+        """Of more than 8 rows each gets what it gets with fewer beside it, also in a chain of linears that overlap."""
+        torch.manual_seed(0)
+        K = 4096
+        norm = torch.rand(K, device="cuda").bfloat16()
+        weights = [stored(kind, N, K, group) for N in (K, 2 * K)]
+        for M in (9, 16, 27, 32):
+            x = torch.randn(1, M, K, device="cuda").bfloat16()
+
+            def chain(x):
+                y = k.linear(x, *weights[0], None, None, x)
+                z = k.linear(y, *weights[1], None, norm, None, 1e-5, 0.0, "silu")
+                return k.linear(z, *weights[0], None, norm, y)
+
+            assert k.supports(x, *weights[0], None, norm, x) and k.supports(x, *weights[1], None, norm, pairs=True)
+            assert torch.equal(chain(x), torch.cat([chain(rows) for rows in x.split(8, 1)], 1)), M
+
+    @pytest.mark.gpu
     def test_not_a_number_stays_one():
         for (kind, group), M, bad in itertools.product(KINDS, (2, 8), (torch.nan, torch.inf)):
             weight, scale = stored(kind, 64, 1024, group)
@@ -100,7 +119,9 @@ if GPU:
         for M in (1, 2, 8, 9):
             kernels.linear(torch.ones(M, 512, device="cuda").bfloat16(), torch.ones(64, 512, device="cuda").bfloat16())
         kernels.linear(torch.ones(2, 512, device="cuda"), torch.ones(64, 512, device="cuda"))  # float32
-        assert calls == [1, 2, 8]
+        for M in (9, 32, 33):
+            kernels.linear(torch.ones(M, 512, device="cuda").bfloat16(), *stored("int8", 64, 512, 0))
+        assert calls == [1, 2, 8, 9, 32]
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("D", k.HEAD_DIMS)
@@ -410,6 +431,22 @@ def test_whose_sums_are_sent(kind, h200, monkeypatch):
         assert exchange.supports_linear(weight, scale, None, K) == works, (N, K)
 
 
+@pytest.mark.parametrize("activation", ("", "silu"))
+def test_each_pass_has_its_rows(activation, monkeypatch):
+    def reference(x, residual, y, *others):
+        assert len(x) == len(y) <= k.MAX_ROWS and all(t is None or t.is_contiguous() for t in (x, residual, y))
+        y[:] = kernels.linear_reference(x, *others[:4], residual, *others[4:7])
+
+    monkeypatch.setattr(k, "_pass", reference)
+    weight, scale = torch.randint(-99, 99, (64, 128), dtype=torch.int8), torch.rand(64)
+    norm = torch.rand(128).bfloat16()
+    for M in (1, 8, 9, 16, 27, 32):
+        x = torch.randn(M, 2, 128).bfloat16()[:, None, 1]  # rows that are not side by side
+        residual = torch.randn(M, 1, 32 if activation else 64).bfloat16()
+        arguments = (x, weight, scale, None, norm, residual, 1e-5, 0.0, activation)
+        assert torch.equal(k.linear(*arguments), kernels.linear_reference(*arguments)), M
+
+
 def test_guards(h200, monkeypatch):
     x, weight = torch.ones(2, 256, dtype=torch.bfloat16), torch.ones(64, 256, dtype=torch.bfloat16)
     assert k.supports(x, weight, None) and k.supports(x, weight, None, None, torch.ones(256).bfloat16())
@@ -428,6 +465,7 @@ def test_guards(h200, monkeypatch):
     assert not k.supports(x, q, torch.zeros(64, 16, dtype=torch.int32))  # groups of 16
     q = torch.zeros(64, 256, dtype=torch.int8)
     assert k.supports(x, q, torch.ones(64)) and not k.supports(x, q, torch.ones(64).bfloat16())
+    assert [k.supports(x[:1].expand(M, 256), q, torch.ones(64)) for M in (9, 32, 33)] == [True, True, False]
     assert not k.supports(x, q, torch.ones(128)[::2])
     monkeypatch.setattr(k, "_shared_memory", lambda device: 45000)
     assert not k.supports(x, weight, None), "no room for three stages"
