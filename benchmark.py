@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import eval
@@ -33,6 +34,7 @@ from benchmark_speculation import bundled_line, measure_bundled_pair, measure_sp
 from checkpoint import build_model, load_model, resolve
 from draft import share_weights
 from generate import compile_decode, compile_prefill, generate, pick_recipe, warm_up, weight_bytes
+from graphs import slots_for
 from kernels import read_sum
 from machine import device_name, peak_memory_gb, pick_device, pick_dtype, remember_bandwidth, seconds, synchronize
 from model import ModelArgs, Transformer, pick_kv_dtype
@@ -82,17 +84,24 @@ SHAPES = {
 
 
 def read_bandwidth(device: torch.device, gigabytes: float | None = None) -> float:
-    """The read bandwidth of a device in GB/s (10^9 bytes), measured: the best of ten sums over a buffer.
+    """The read bandwidth of a device in GB/s (10^9 bytes), measured: the best of six times two sums over a buffer.
 
     gigabytes: the buffer's size; None: 8 on a GPU, 1 on a CPU, far beyond any cache. The figure is remembered, so that
     `generate.py` can report a share of it.
     """
     n = int((gigabytes or (8 if device.type == "cuda" else 1)) * 1e9) // 4
     x = torch.ones(n, device=device)
-    best = min(seconds(lambda: read_sum(x), device) for _ in range(10))
-    bandwidth = x.nbytes / best / 1e9
+    best = min(seconds(lambda: (read_sum(x), read_sum(x)), device) for _ in range(6))
+    bandwidth = 2 * x.nbytes / best / 1e9
     remember_bandwidth(device, bandwidth)
     return bandwidth
+
+
+def forget_peak(device: torch.device) -> None:
+    """Free what is unused on a GPU, from where on the most memory held counts anew."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def random_weights(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -141,12 +150,14 @@ def measure(
 ) -> dict:
     """Generate `runs` times from random prompts -> medians: tok_s, decode_step_ms, ttft_s, ...; times in seconds.
 
-    very_first_s is that of the run that warms up, in which an eager model may compile its kernels.
+    very_first_s is that of the run that warms up, in which an eager model may compile its kernels. ValueError where
+    the last run has gone wrong (see `compare`); not checked: runs of one token, speculation, a sampler of one's own.
 
     sampler: another than temperature and top_k make. after: called after each run that counts, with the seconds from
     the first token to the last. steps: what else generate() is to be given.
     """
     device, ranks = model.tok_embeddings.weight.device, tp.current()
+    checked = sampler is None and not steps and new_tokens > 1
     sampler = (sampler or Sampler(temperature, top_k)).to(device)
     sampler.shard(model)
     model.setup_caches(batch, prompt_tokens + new_tokens + (MAX_K if steps else 0))
@@ -169,10 +180,11 @@ def measure(
         synchronize(device)
         if ranks:
             ranks.barrier()
-        begin = time.perf_counter()
-        for i, _column in enumerate(generate(model, prompts, new_tokens, sampler, **steps)):
-            if i == 0:
+        columns, begin = [], time.perf_counter()
+        for column in generate(model, prompts, new_tokens, sampler, **steps):
+            if not columns:
                 first = time.perf_counter() - begin
+            columns.append(column)
         totals.append(time.perf_counter() - begin)
         firsts.append(first)
         if run:
@@ -186,7 +198,7 @@ def measure(
                   "percent_communication": step_s and 100 * alone / step_s,
                   "all_reduce": "exchange" if tp.exchanges(batch * model.args.dim, dtype) else
                   "nccl" if device.type == "cuda" else "gloo"}  # fmt: skip
-    return shared | {
+    figures = shared | {
         "compile_s": compile_s,
         "tok_s": batch * new_tokens / total,
         "decode_step_ms": step_s and 1e3 * step_s,
@@ -194,8 +206,52 @@ def measure(
         "very_first_s": firsts[0],
         "prefill_tok_s": batch * prompt_tokens / first,
         "weights_gb": weight_bytes(model) / 1e9,
+        "cache_tokens": model.max_seq_len,
         "peak_memory_gb": peak_memory_gb(device),
     }
+    if checked:
+        best = 1 if temperature == 0 else top_k or model.args.vocab_size
+        figures |= compare(model, prompts, torch.stack(columns, 1), best)
+        if figures["logits_error"] > MOST_ERROR or figures["unlikely"] > MOST_UNLIKELY:
+            raise ValueError(
+                f"what was measured is wrong, and does not count: logits are off by {figures['logits_error']:.0%} "
+                f"(limit {MOST_ERROR:.0%}), {figures['unlikely']:.0%} of the tokens are unlikely ({MOST_UNLIKELY:.0%})"
+            )
+    return figures
+
+
+MANY, MOST_ERROR, MOST_UNLIKELY = 128, 0.4, 0.2  # the second is wide: rounding changes the choice of experts
+
+
+@torch.no_grad()
+def compare(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: int) -> dict:
+    """Tokens drawn after prompts, int [B, n] with n > 1, and the cache that this has left, against a reference.
+
+    logits_error: how far a step's logits at the last position are from the reference's, as a share of these. unlikely:
+    share of tokens beyond the 2 best + 8 likeliest, `best` being from how many they were drawn; with logits off by a
+    fifth of their spread that is 1 to 7%, by half a quarter, and nearly all if they have nothing to do with them.
+    The reference is the model without a cache, of all positions at once, and so many that no kernel for few rows runs:
+    libraries multiply matrices and attend, and nothing is compiled.
+    """
+    device, n = model.tok_embeddings.weight.device, drawn.shape[1]
+    tokens = torch.cat([torch.tensor(prompts), drawn], 1).to(device)
+    first, T = len(prompts[0]) - 1, tokens.shape[1]  # what stands before the first drawn token tells its logits
+    local = getattr(model.logits, "local", None)
+    if local is not None:
+        model.logits.local = False
+    pos = torch.full((len(tokens), 1), T - 2, device=device)
+    step = model(tokens[:, T - 2 : T - 1], pos, slots_for(model, T))[:, 0]
+    unlikely, off, size = 0, 0.0, 0.0
+    for row, ours in zip(tokens, step, strict=True):
+        padded = F.pad(row, (0, max(0, MANY - T)))
+        begin = min(first, len(padded) - MANY)
+        logits = model.logits(model.features(padded[None])[:, begin:])[0, first - begin :][:n].float()
+        rank = (logits > logits.gather(1, row[first + 1 :, None])).sum(1)
+        unlikely += int((rank >= 2 * best + 8).sum())
+        off, size = off + float((ours.float() - logits[-1]).square().sum()), size + float(logits[-1].square().sum())
+    if local is not None:
+        model.logits.local = local
+    return {"logits_error": (off / size) ** 0.5, "unlikely": unlikely / drawn.numel()}
 
 
 def record(row: dict) -> None:
@@ -257,22 +313,49 @@ def measure_perplexities(checkpoint_path: str, device: torch.device) -> Iterator
                "tokens": figures["tokens"]}  # fmt: skip
 
 
-HEADER = (f"{'model':<16}{'mode':>9}{'batch':>6}{'GB':>8}{'tok/s':>9}{'step ms':>9}{'of peak':>9}{'first ms':>10}"
-          f"{'compile s':>11}{'peak GB':>9}")  # fmt: skip
+HEADER = (f"{'model':<16}{'mode':>9}{'batch':>6}{'in':>7}{'GB':>8}{'tok/s':>9}{'step ms':>9}{'of peak':>9}"
+          f"{'first ms':>10}{'prefill/s':>11}{'compile s':>11}{'peak GB':>9}")  # fmt: skip
 RANKS_HEADER = f"{'ranks':>7}{'us a reduce':>13}{'of step':>9}{'against 1':>11}"
 
 
 def decode_line(row: dict) -> str:
     """A row of measured decoding below HEADER, of several ranks below RANKS_HEADER, too."""
-    line = (f"{row['model']:<16}{row['mode']:>9}{row['batch']:>6}{row['weights_gb']:>8.2f}{row['tok_s']:>9.1f}"
-            f"{row['decode_step_ms'] or 0:>9.3f}{row['percent_of_peak_bandwidth'] or 0:>8.1f}%"
-            f"{1e3 * row['ttft_s']:>10.1f}{row['compile_s'] or 0:>11.1f}{row['peak_memory_gb']:>9.2f}")  # fmt: skip
+    line = (f"{row['model']:<16}{row['mode']:>9}{row['batch']:>6}{row['prompt_tokens']:>7}{row['weights_gb']:>8.2f}"
+            f"{row['tok_s']:>9.1f}{row['decode_step_ms'] or 0:>9.3f}{row['percent_of_peak_bandwidth'] or 0:>8.1f}%"
+            f"{1e3 * row['ttft_s']:>10.1f}{row['prefill_tok_s']:>11,.0f}{row['compile_s'] or 0:>11.1f}"
+            f"{row['peak_memory_gb']:>9.2f}")  # fmt: skip
     if "ranks" not in row:
         return line
     alone = one_gpu(row, read_rows(RESULTS))
     gain = f"{row['tok_s'] / alone['tok_s']:>10.2f}x" if alone else f"{'-':>11}"
     return line + (f"{row['ranks']:>7}{row['all_reduce_us']:>13.1f}{row['percent_communication'] or 0:>8.1f}%{gain}  "
                    f"{row['all_reduce']}")  # fmt: skip
+
+
+def measure_start(arguments: list[str]) -> dict:
+    """Seconds from the start of a process to its first token, the making of random weights not counted: where nothing
+    is kept from before (cold_s), and of the next process (warm_s).
+
+    arguments: what each process, a benchmark.py of one run, is to measure. ValueError where one fails.
+    """
+    starts: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        kept = {"XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+                "TRITON_CACHE_DIR": f"{folder}/triton"}  # fmt: skip
+        for _ in range(2):
+            command = [sys.executable, __file__, *arguments, "--runs", "1", "--json"]
+            done = subprocess.run(command, env=os.environ | kept, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError((done.stderr.strip() or "a process ended without a word").splitlines()[-1])
+            starts.append(json.loads(done.stdout.splitlines()[-1]))
+    return {"kind": "start", "model": starts[0]["model"], "mode": starts[0]["mode"],
+            "cold_s": starts[0]["start_s"], "warm_s": starts[1]["start_s"]}  # fmt: skip
+
+
+def start_line(row: dict) -> str:
+    """A row of measure_start for people."""
+    return (f"{row['model']:<16}{row['mode']:>9}: from the start of a process to its first token {row['cold_s']:.1f} s,"
+            f" of the next {row['warm_s']:.1f} s")  # fmt: skip
 
 
 def perplexity_line(row: dict) -> str:
@@ -293,13 +376,14 @@ def main(
     device: str | None,
     dtype: str,
     kv_dtype: str | None,
-    batch: int,
-    prompt_tokens: int,
+    batch: list[int],
+    prompt_tokens: list[int],
     new_tokens: int,
     temperature: float,
     top_k: int | None,
     no_compile: bool,
     runs: int,
+    starts: bool,
     perplexity: bool,
     speculation: bool,
     record_row: bool,
@@ -348,6 +432,15 @@ def main(
         if json_line:
             print(json.dumps(rows[0] if len(rows) == 1 else {"rows": rows}))
 
+    if starts:
+        if ranks or draft or draft_shape or no_compile:
+            raise ValueError("--starts: of one process that compiles and does not speculate; leave the other flags out")
+        for name, mode in itertools.product([checkpoint_path] if checkpoint_path else shape, quant):
+            arguments = ["--checkpoint_path" if checkpoint_path else "--shape", name, "--quant", mode]
+            arguments += ["--device", str(device), "--dtype", dtype_name]
+            arguments += ["--groupsize", str(groupsize)] if groupsize else []
+            keep(measure_start(arguments), start_line)
+        return tell()
     if perplexity or speculation:
         measured = measure_perplexities(checkpoint_path or DEMO, device) if perplexity else measure_bundled_pair(device)
         for row in measured:
@@ -381,36 +474,30 @@ def main(
         age = process_seconds()
         kind = f"int4 g{recipe['groupsize']}" if mode == "int4" else dtype_name if recipe is None else mode
         kind += f" kv {kv_dtype}" if kv_dtype else ""
+        proposer = None
         if draft or draft_shape:
             proposer = build(draft_shape or name, pick_recipe(draft, None))
             if not draft_shape:
                 share_weights(proposer, model)
-            row = {"kind": "speculation", "model": name, "mode": kind,
-                   "draft": f"{draft_shape or 'itself in'} {draft or dtype_name}", "batch": batch,
-                   "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
-                   **measure_speculation(measure, model, proposer, speculate_k, simulate_acceptance, prompt_tokens,
-                                         new_tokens, batch, temperature, top_k, not no_compile, runs)}  # fmt: skip
-            keep(row, speculation_lines)
-            del model, proposer
-            torch._dynamo.reset()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            continue
-        row = {"model": name, "mode": kind, "batch": batch, "prompt_tokens": prompt_tokens,
-               "new_tokens": new_tokens, "load_s": load_s,
-               **measure(model, prompt_tokens, new_tokens, batch, temperature, top_k, not no_compile, runs),
-               "read_bandwidth_gbs": peak}  # fmt: skip
-        # From the start of the process to the first token, but for the making of random weights.
-        first_s = row.pop("very_first_s")
-        row["start_s"] = age - sum(aside) + (row["compile_s"] or 0) + first_s if age and not rows else None
-        step = row["decode_step_ms"]
-        row["percent_of_peak_bandwidth"] = step and 100 * row["weights_gb"] / step * 1e3 / peak
-        keep(row, decode_line)
-        del model
-        torch._dynamo.reset()  # frees the CUDA graphs and their memory
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        for B, N in itertools.product(batch, prompt_tokens):
+            forget_peak(device)
+            settings = (N, new_tokens, B, temperature, top_k, not no_compile, runs)
+            row = {"model": name, "mode": kind, "batch": B, "prompt_tokens": N, "new_tokens": new_tokens,
+                   "temperature": temperature, "top_k": top_k, "runs": runs}  # fmt: skip
+            if proposer:
+                row |= {"kind": "speculation", "draft": f"{draft_shape or 'itself in'} {draft or dtype_name}"}
+                row |= measure_speculation(measure, model, proposer, speculate_k, simulate_acceptance, *settings)
+                keep(row, speculation_lines)
+            else:
+                row |= {"load_s": load_s, **measure(model, *settings), "read_bandwidth_gbs": peak}
+                # From the start of the process to the first token, but for the making of random weights.
+                first_s = row.pop("very_first_s")
+                row["start_s"] = age - sum(aside) + (row["compile_s"] or 0) + first_s if age and not rows else None
+                step = row["decode_step_ms"]
+                row["percent_of_peak_bandwidth"] = step and 100 * row["weights_gb"] / step * 1e3 / peak
+                keep(row, decode_line)
+            torch._dynamo.reset()  # frees the CUDA graphs and their memory
+        del model, proposer
     if rows and rows[0].get("start_s"):
         print(f"from the start of the process to the first token: {rows[0]['start_s']:.1f} s, weights not counted")
     tell()
@@ -444,13 +531,16 @@ def parser() -> argparse.ArgumentParser:
     a("--device", metavar="D", help="cuda, cuda:N, mps or cpu; default: the best there is")
     a("--dtype", default="bf16", metavar="D", help="bf16, fp16 or fp32")
     a("--kv_dtype", metavar="D", help="fp8: the KV cache in that; default: the model's dtype")
-    a("--batch", type=int, default=1, metavar="B", help="rows decoded together")
-    a("--prompt_tokens", type=int, default=5, metavar="N", help="length of the random prompt")
+    a("--batch", nargs="+", type=int, default=[1], metavar="B", help="rows decoded together: each is measured")
+    a("--prompt_tokens", nargs="+", type=int, default=[5], metavar="N",
+      help="length of the random prompts: each is measured")
     a("--new_tokens", type=int, default=200, metavar="N", help="tokens generated")
     a("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy")
     a("--top_k", type=int, default=200, metavar="K", help="keep the K likeliest tokens")
     a("--no_compile", action="store_true", help="measure the eager model")
     a("--runs", type=int, default=5, metavar="N", help="timed runs, of which the median counts")
+    a("--starts", action="store_true",
+      help="instead: seconds from the start of a process to its first token, twice, with caches empty at first")
     a("--perplexity", action="store_true", help="instead: perplexity of --checkpoint_path or demo/ by each recipe")
     a("--speculation", action="store_true", help="instead: the bundled models on held-out code, by each way to propose")
     a("--record", action="store_true", dest="record_row", help=f"append the rows to {RESULTS.name}")

@@ -60,6 +60,16 @@ def perplexity_table(rows: list[dict]) -> str:
     return table(header, lines) if lines else ""
 
 
+def start_table(rows: list[dict]) -> str:
+    """The latest first and second start of each model and mode."""
+    same = ("device", "model", "mode")
+    latest = {tuple(r[k] for k in same): r for r in rows if r.get("kind") == "start"}
+    header = "model | mode | first start s | second start s | device | commit | torch | date"
+    lines = [cells(r["model"], r["mode"], (r["cold_s"], ".1f"), (r["warm_s"], ".1f"), r["device"], r["commit"],
+                   r["torch"], r["date"]) for _, r in sorted(latest.items())]  # fmt: skip
+    return table(header, lines) if lines else ""
+
+
 def one_gpu(row: dict, rows: list[dict]) -> dict | None:
     """The latest row that differs from a row of several ranks only in being of one."""
     same = ("device", "model", "mode", "batch", "prompt_tokens", "new_tokens")
@@ -111,19 +121,20 @@ def speculation_table(rows: list[dict]) -> str:
 def roofline(rows: list[dict], file: Path) -> None:
     """Draw into an SVG: speed over the bytes of weights that a token reads, and what the read bandwidth would allow.
 
-    The latest rows of batch 1 on one GPU, compiled; the line is the best bandwidth measured in these runs. Raises
-    ImportError without matplotlib.
+    The latest rows of batch 1 on the latest kind of GPU, one of it, compiled, of 5 + 200 tokens; the line is the best
+    bandwidth measured in these runs. Raises ImportError without matplotlib.
     """
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in rows if not r.get("kind") and r.get("ranks", 1) == 1 and r["batch"] == 1 and r["compile_s"]]
-    rows = [r for r in rows if r.get("read_bandwidth_gbs")]
-    rows = list({(r["model"], r["mode"]): r for r in rows if not r["device"].startswith("cpu")}.values())
+    rows = [r for r in rows if not r.get("kind") and r.get("ranks", 1) == 1 and r["compile_s"]]
+    rows = [r for r in rows if (r["batch"], r["prompt_tokens"], r["new_tokens"]) == (1, 5, 200)]
+    rows = [r for r in rows if r.get("read_bandwidth_gbs") and not r["device"].startswith("cpu")]
     if not rows:
         return
+    rows = list({(r["model"], r["mode"]): r for r in rows if r["device"] == rows[-1]["device"]}.values())
     peak = max(r["read_bandwidth_gbs"] for r in rows)
     # Text stays text and ids stay the same, so that a new drawing of the same rows is the same file.
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": file.name, "font.size": 9}):
@@ -145,6 +156,7 @@ def roofline(rows: list[dict], file: Path) -> None:
 
 TABLES = {
     "decode": decode_table,
+    "start": start_table,
     "scaling": scaling_table,
     "perplexity": perplexity_table,
     "speculation": speculation_table,

@@ -172,11 +172,21 @@ def test_decode_table_shows_the_latest_row_of_each_kind():
     assert "| 1,234.6 |" in lines[1] and "| 66 | 12.3 | 20 |" in lines[1]
 
 
+def test_start_table_shows_the_latest():
+    row = {"kind": "start", "model": "m", "mode": "int8", "cold_s": 30.04, "warm_s": 9.0, "device": "GPU",
+           "commit": "abc1234", "torch": "2.13.0", "date": "2026-01-01"}  # fmt: skip
+    made = tables.fill_tables("<!-- table:start -->\n<!-- end -->", [{**row, "warm_s": 99.0}, SPEED, row])
+    assert made.splitlines()[3:-1] == ["| m | int8 | 30.0 | 9.0 | GPU | abc1234 | 2.13.0 | 2026-01-01 |"]
+
+
 def test_roofline_shows_every_mode_and_the_limit(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [{**SPEED, "mode": mode, "weights_gb": gb, "read_bandwidth_gbs": 4500.0}
             for mode, gb in (("bf16", 13.2), ("int8", 6.6))]  # fmt: skip
-    others = [{**rows[0], "batch": 8, "model": "other"}, {**rows[0], "ranks": 2, "model": "other"}, PERPLEXITY]
+    others = [{**rows[0], "model": "other", **change} for change in (
+        {"batch": 8}, {"ranks": 2}, {"prompt_tokens": 30}, {"new_tokens": 50}, {"device": "cpu"})]  # fmt: skip
+    rows.insert(0, {**rows[0], "model": "other", "device": "NVIDIA Older"})
+    others.append(PERPLEXITY)
     tables.roofline(rows + others, tmp_path / "a.svg")
     drawn = (tmp_path / "a.svg").read_text()
     assert all(text in drawn for text in (" bf16<", " int8<", "4,500 GB/s")) and "other" not in drawn
@@ -210,7 +220,7 @@ def test_perplexity_table_shows_the_change_against_bf16():
 
 
 def test_an_unknown_table_is_an_error():
-    with pytest.raises(ValueError, match="table:speed.*known: decode, scaling, perplexity"):
+    with pytest.raises(ValueError, match="table:speed.*known: decode, start, scaling, perplexity"):
         tables.fill_tables("<!-- table:speed -->\n<!-- end -->", [])
 
 
