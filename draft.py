@@ -53,6 +53,9 @@ def load_draft(model: Transformer, directory: Path, draft_path: str | None, draf
     stored = config.get("quantization")
     if draft_path is None and draft == (stored["mode"] if stored else quant):
         raise ValueError(f"--draft {draft}: the model itself is {draft} already; give --draft lookup or another model")
+    if stored and draft:
+        raise ValueError(f"--draft {draft}: {source} is quantized already ({stored['mode']}), and a draft is quantized "
+                         "from plain weights; give " + ("it without --draft" if draft_path else "--draft lookup"))
     if draft_path:
         if difference := Tokenizer(source).difference(Tokenizer(directory)):
             raise ValueError(f"{source}: another tokenizer than {directory} has, so it cannot propose: {difference}")
@@ -60,12 +63,15 @@ def load_draft(model: Transformer, directory: Path, draft_path: str | None, draf
             raise ValueError(f"{source}: the draft has a context of {args.max_seq_len} tokens, {context} are needed; "
                              "give fewer --max_new_tokens, a shorter prompt or (in a chat) a smaller --max_seq_len")
     recipe = make_recipe(draft) if draft else None
-    need = memory_of(args, recipe or stored, dtype or model.tok_embeddings.weight.dtype, context, kv_dtype)
+    plain = dtype or model.tok_embeddings.weight.dtype
+    need = memory_of(args, recipe or stored, plain, context, kv_dtype)
+    need += cache_memory(model.args, plain, context, kv_dtype)  # which will be made later
     need //= tp.current().world if tp.current() else 1
     free = free_memory(device)
     if free is not None and need > free:
-        raise ValueError(f"{source}: the draft needs {need / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} GB are "
-                         "free; give --draft int4, a smaller draft, or --draft lookup, which needs none")
+        raise ValueError(f"{source}: the draft needs {need / 1e9:.1f} GB beside the model, caches of both included, "
+                         f"and {free / 1e9:.1f} GB are free; give --draft int4, a smaller draft, a shorter context, or "
+                         "--draft lookup, which needs none")
     model_of_draft = load_model(source, device, dtype, recipe)
     if not draft_path:
         share_weights(model_of_draft, model)
@@ -89,5 +95,10 @@ def memory_of(
     if recipe:
         swap_linears(model, copy.deepcopy(recipe))
     weights = sum(p.numel() * dtype.itemsize for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    return weights + cache_memory(args, dtype, context, kv_dtype)
+
+
+def cache_memory(args: ModelArgs, dtype: torch.dtype, context: int, kv_dtype: torch.dtype | None = None) -> int:
+    """Bytes of a KV cache for so many tokens, in kv_dtype or else the model's dtype."""
     head = args.head_dim * kv_dtype.itemsize + 2 if kv_dtype else args.head_dim * dtype.itemsize  # 2: its scale
-    return weights + 2 * args.n_layers * args.n_kv_heads * context * head
+    return 2 * args.n_layers * args.n_kv_heads * context * head

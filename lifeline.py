@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import select
 import signal
@@ -184,21 +185,37 @@ class Lifeline:
 
 
 @contextlib.contextmanager
+def _memory_told() -> Iterator[None]:
+    """The CPU's allocator has no error of its own for memory that does not suffice: make it the GPU's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if wanted := re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error)):
+            raise torch.OutOfMemoryError(
+                f"not enough memory: {int(wanted[1]) / 1e9:.1f} GB more were wanted; give a shorter context, a smaller "
+                "model or --quant"
+            ) from None
+        raise
+
+
+@contextlib.contextmanager
 def one_voice(program: str) -> Iterator[None]:
     """The frame of a program under torchrun: only rank 0 prints; whatever ends one rank ends all, with one line.
 
     Exit codes are those of one process: 2 for bad input (ValueError) and memory that does not suffice, 130 for Ctrl-C,
-    1 for what nobody foresaw. Under one process it does nothing.
+    1 for what nobody foresaw. Under one process it only tells of memory as a GPU does.
     """
     global _program
     if not tp.under_torchrun():
-        yield
+        with _memory_told():
+            yield
         return
     _program, loud = program, os.environ["RANK"] == "0"
     if not loud:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
-        yield
+        with _memory_told():
+            yield
         if _line is not None:
             _line.close()
         if tp.current() is not None:

@@ -7,6 +7,7 @@ What a user names on a command line is checked here, before anything is loaded.
 Sources: PyTorch's documentation of torch.cuda; proc(5) for free memory.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -64,15 +65,23 @@ def device_name(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated; None where that is not known."""
+    """Bytes that can still be allocated, within the limits of a container or a shell too; None where unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    try:
+    room = []
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
+        room.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError, KeyError):  # version 2 of control groups; no number: no limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        room.append(limit - used + int(stat["inactive_file"]))  # files that were read make way
+    with contextlib.suppress(OSError):
+        limit, pages = resource.getrlimit(resource.RLIMIT_AS)[0], int(Path("/proc/self/statm").read_text().split()[0])
+        room += [limit - pages * resource.getpagesize()] if limit != resource.RLIM_INFINITY else []
+    return min(room, default=None)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -26,16 +26,33 @@ def filtered(logits: Tensor, temperature: float, top_k: int | None, top_p: float
     top-p (the smallest set of tokens whose probability reaches top_p), min-p (at least min_p times the likeliest's).
     """
     ids = None
-    if top_k or top_p:
+    if top_k:
         # The likeliest first, where that matters. The temperature, which keeps their order, is then for these alone.
-        V = logits.shape[-1]
-        logits, ids = kernels.top_k(logits, min(top_k or V, V), sorted=bool(top_p))
+        logits, ids = kernels.top_k(logits, min(top_k, logits.shape[-1]), sorted=bool(top_p))
     probs = (logits.float() / temperature).softmax(-1)
     if top_p:
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+        kept = nucleus(probs, top_p) if ids is None else probs.cumsum(-1) - probs < top_p
+        probs = probs.masked_fill(~kept, 0)
     if min_p:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
     return probs, ids
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Probabilities float32 [B, V] -> bool: the fewest whose sum is at least top_p; of equal ones, the first.
+
+    A vocabulary is not sorted for it: three bits at a time, the least probability that is kept is found, by what those
+    from each of seven candidates on add up to.
+    """
+    bits = probs.view(torch.int32)  # in the order of the numbers, which are from 0 to 1, and so below 2^30
+    least, digits = torch.zeros_like(bits[:, :1]), torch.arange(1, 8, dtype=torch.int32, device=probs.device)
+    for shift in range(27, -1, -3):
+        from_there = bits[:, None] >= (least + (digits << shift))[..., None]  # [B, 7, V]
+        mass = torch.where(from_there, probs[:, None], 0).sum(-1)
+        least = least + ((mass >= top_p).sum(-1, keepdim=True, dtype=torch.int32) << shift)
+    more, equal = bits > least, bits == least
+    lacking = top_p - torch.where(more, probs, 0).sum(-1, keepdim=True)
+    return more | (equal & (equal.cumsum(-1) <= (lacking / least.view(torch.float32)).ceil()))
 
 
 def probabilities(logits: Tensor, temperature: float, top_k=None, top_p=None, min_p=None) -> Tensor:

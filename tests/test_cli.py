@@ -542,3 +542,23 @@ def test_sampling_defaults_are_the_checkpoints_own(tmp_path):
     assert own_sampling(tmp_path) == {"temperature": 0.6, "top_p": 0.9}
     file.write_text('{"do_sample": false, "temperature": 0.6}')
     assert own_sampling(tmp_path) == {}
+
+
+def test_memory_that_does_not_suffice_is_told_as_on_a_gpu():
+    from lifeline import one_voice
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^not enough memory: 1125899\.9 GB more were wanted; give a "):
+        with one_voice("generate.py"):
+            torch.empty(1 << 50, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shape"), one_voice("generate.py"):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_free_memory_within_limits():
+    code = (
+        "import resource, torch, machine; cpu = torch.device('cpu'); free = machine.free_memory(cpu);"
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30));"
+        "print(0 < machine.free_memory(cpu) < 4 << 30, free > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True True\n", done.stderr

@@ -29,7 +29,7 @@ from generate import (  # noqa: E402
     warm_up,
 )
 from model import QUERY_BLOCK, from_fp8, pick_kv_dtype, to_fp8  # noqa: E402
-from sampling import exponential  # noqa: E402
+from sampling import exponential, probabilities  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -130,6 +130,23 @@ def test_the_reference_filter_agrees_with_transformers(settings):
         if name in settings:
             scores = kind(settings[name])(None, scores)
     torch.testing.assert_close(plain_filter(logits_of(seed=1), **settings), scores.softmax(-1)[0].float())
+
+
+@pytest.mark.parametrize("size", [7, 500, 128256])
+def test_a_nucleus_is_that_of_a_sort(size, monkeypatch):
+    """Logits in bf16 have many ties, of which the first are taken; a large vocabulary is never sorted."""
+    torch.manual_seed(0)
+    logits = torch.stack([torch.randn(size).bfloat16().float() * scale for scale in (0.5, 2, 8)])
+    logits[:, 3] = -torch.inf
+    probs = (logits / 0.7).softmax(-1)
+    order = probs.double().sort(dim=-1, descending=True, stable=True)
+    monkeypatch.setattr(torch, "sort", None), monkeypatch.setattr(torch.Tensor, "topk", None)
+    for top_p in (0.01, 0.5, 0.9, 0.99):
+        kept = order.values.cumsum(-1) - order.values < top_p
+        kept = torch.zeros_like(kept).scatter(-1, order.indices, kept)
+        found = probabilities(logits, 0.7, top_p=top_p) > 0
+        assert torch.equal(found, kept), top_p
+    assert (probabilities(logits, 0.7, top_p=1 - 2**-24).sum(-1) - 1).abs().max() < 1e-5
 
 
 def test_chi_square_notices_a_wrong_distribution():
