@@ -9,6 +9,8 @@ Sources: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 import functools
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -37,7 +39,8 @@ def graph_slots(model: nn.Module, length: int) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------- compiling
 def compile_step(step: Callable, slots_at: int, dynamic: bool | None = False) -> Callable:
-    """`step` by torch.compile, for all context lengths at once. slots_at: where among its arguments `slots` is.
+    """`step` by torch.compile, for all context lengths at once. slots_at: where among its arguments `slots` is. As it
+    is on a GPU for which nothing can be compiled here: it may still be captured.
 
     dynamic: False, and each number of rows and tokens is a program of its own; None, and from the second on they share.
     """
@@ -46,6 +49,8 @@ def compile_step(step: Callable, slots_at: int, dynamic: bool | None = False) ->
     def compiled(cuda: bool) -> Callable:
         # The first lets Inductor's matrix-vector kernels stream; the second draws the same numbers as eager code.
         options = {"coordinate_descent_tuning": True, "fallback_random": True}
+        if cuda and not _triton_compiles():
+            return step
         if cuda:  # few kernels are left to Inductor, and a process would wait 10 s at its end for a pool of workers
             options["compile_threads"] = 1
         return torch.compile(step, fullgraph=True, dynamic=dynamic, options=options)
@@ -56,6 +61,13 @@ def compile_step(step: Callable, slots_at: int, dynamic: bool | None = False) ->
         return compiled(slots.is_cuda)(*args)
 
     return run
+
+
+def _triton_compiles() -> bool:
+    """Whether Triton, which Inductor needs on a GPU, is there, knows this GPU and finds a C compiler."""
+    from torch.utils._triton import has_triton
+
+    return has_triton() and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 # ---------------------------------------------------------------------------------------------------------- capturing

@@ -867,6 +867,20 @@ def test_golden_text():
         assert tokenizer.decode([*prompt, *g["tokens"]]) == g["prompt"] + g["text"]
 
 
+@pytest.mark.parametrize("missing", ["nothing", "Triton", "a C compiler"])
+def test_a_step_that_cannot_be_compiled_for_a_gpu_runs_as_it_is(missing, monkeypatch):
+    import graphs
+
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: missing != "Triton")
+    monkeypatch.setattr(graphs.shutil, "which", lambda name: None if missing == "a C compiler" else name)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch._dynamo, "mark_dynamic", lambda *a: None)
+    monkeypatch.setattr(torch, "compile", lambda step, **_: lambda *a: "compiled")
+    step = graphs.compile_step(lambda x, slots: "plain", 1)
+    assert step(0, SimpleNamespace(is_cuda=True)) == ("compiled" if missing == "nothing" else "plain")
+    assert step(0, SimpleNamespace(is_cuda=False)) == "compiled"
+
+
 def write_golden() -> None:
     model, tokenizer = load_model(DEMO, dtype=torch.float32), Tokenizer(DEMO)
     rows = []

@@ -35,6 +35,20 @@ if not (INTERPRETED or GPU):
     def test_kernels_on_a_gpu():
         pytest.skip("needs a CUDA GPU: the kernels were tested under Triton's interpreter instead")
 
+    @pytest.mark.parametrize("capability, compiler, triton, line", [
+        ((7, 5), "gcc", True, "this GPU is older than compute capability 8.0"),
+        ((9, 0), None, True, "Triton needs a C compiler (gcc or clang)"),
+        ((9, 0), "gcc", False, "Triton is not installed"),
+    ])  # fmt: skip
+    def test_a_line_says_why_plain_pytorch_runs(capability, compiler, triton, line, monkeypatch, capsys):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(kernels.shutil, "which", lambda name: compiler)
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setitem(kernels.sys.modules, "triton", kernels.shutil if triton else None)
+        assert not kernels._find_triton()
+        assert capsys.readouterr().err == f"kernels: {line}, plain PyTorch runs instead\n"
+
     def test_without_triton_the_reference_runs():
         x, w = torch.randn(2, 64), torch.randn(8, 64)
         assert not kernels.use_triton(x)
@@ -68,7 +82,7 @@ else:
         torch.manual_seed(0)
 
     @pytest.mark.parametrize("kind, group", KINDS)
-    @pytest.mark.parametrize("M", [1, 2, 3, 8, 16])
+    @pytest.mark.parametrize("M", range(1, 17))
     def test_linear_of_few_rows(kind, group, M):
         x, w = torch.randn(M, 384, device=DEVICE), stored(kind, 37, 384, group)
         expected = kernels.linear_reference(x.double(), kernels.dequantize(*w).double())
@@ -142,6 +156,14 @@ else:
         x, w = torch.randn(1, K, device=DEVICE), stored("int8", 5, K, 0)
         expected = kernels.linear_reference(x.double(), kernels.dequantize(*w).double())
         assert relative(kernels.linear(x, *w), expected) < 5e-6
+
+    @pytest.mark.parametrize("kind", ["float", "int8", "fp8"])
+    @pytest.mark.parametrize("K", [66, 131])
+    def test_linear_of_odd_columns(kind, K):
+        for M in (1, 3, 16):
+            x, w = torch.randn(M, K, device=DEVICE), stored(kind, 37, K, 0)
+            expected = kernels.linear_reference(x.double(), kernels.dequantize(*w).double())
+            assert relative(kernels.linear(x, *w), expected) < 5e-6, M
 
     @pytest.mark.parametrize("head_dim", [16, 48, 80])
     def test_heads_whose_size_is_no_power_of_two_keep_plain_attention(head_dim):
@@ -323,7 +345,7 @@ else:
 
     FAMILIES = [{}, dict(qk_norm=True), dict(sliding_window=20), dict(attn_softcap=5.0), dict(n_heads=7, n_kv_heads=1)]
 
-    LENGTHS = [(1, 1), (15, 1), (16, 1), (17, 1), (100, 1), (256, 1), (2, 2), (90, 5), (256, 8)]
+    LENGTHS = [(1, 1), (15, 1), (16, 1), (17, 1), (100, 1), (320, 1), (2, 2), (90, 5), (320, 8)]  # 320: all
     CASES = [(f, *n, torch.float32) for f in FAMILIES for n in LENGTHS]
     CASES += [({}, *n, torch.float8_e4m3fn) for n in LENGTHS if n not in [(100, 1), (2, 2)]]
     CASES += [(FAMILIES[1] | FAMILIES[2], 70, 3, torch.float8_e4m3fn)]
@@ -333,7 +355,7 @@ else:
     def test_attend(family, length, T, kv_dtype, monkeypatch):
         monkeypatch.setattr(kernels_attend, "ATTEND_BLOCK", 16)  # several splits at these lengths
         size = dict(dim=128, n_layers=1, n_heads=8, n_kv_heads=2, head_dim=64, hidden_dim=64, vocab_size=9)
-        args = m.ModelArgs(**{**size, "max_seq_len": 256, **family})
+        args = m.ModelArgs(**{**size, "max_seq_len": 320, **family})
         plain = m.Attention(args, 0).to(DEVICE)
         for norm in filter(None, (plain.q_norm, plain.k_norm)):
             torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -349,13 +371,13 @@ else:
         qkv = torch.randn(2, T, (args.n_heads + 2 * args.n_kv_heads) * 64, device=DEVICE)
         qkv[1, T // 2 :] = qkv[1, T // 2]
         with torch.no_grad():
-            expected = plain(qkv, rope, pos, torch.arange(256, device=DEVICE))
+            expected = plain(qkv, rope, pos, torch.arange(320, device=DEVICE))
             written = cache.read(2, 320, torch.float32)
             plain.cache = m.KVCache((2, args.n_kv_heads, 320, 64), kv_dtype, DEVICE)
             plain.cache.update(everywhere, k, v)
             fused = kernels.FusedAttention(plain, DEVICE)
             fused.any_length = None  # the kernel it must be
-            y = fused(qkv, rope, pos, torch.arange(256, device=DEVICE))
+            y = fused(qkv, rope, pos, torch.arange(320, device=DEVICE))
         k, v = fused.cache.read(2, 320, torch.float32)
         # A rotated key that lies between two numbers of e4m3 may go to the other one, where cosines differ in a bit.
         flipped = (k != written[0]).sum().item() if kv_dtype == torch.float8_e4m3fn else 0
