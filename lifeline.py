@@ -141,6 +141,9 @@ class Lifeline:
         until = time.monotonic() + (self.GRACE if reason else 0)
         while time.monotonic() < until and len(self.failed) < self.world - 1:
             time.sleep(0.01)  # if another rank has died, that is the reason, and the thread ends this process with it
+        for their_code, their_reason in self.failed.values():
+            if not their_reason:  # Ctrl-C has ended another rank, and what failed here followed from it
+                self.end(their_code, "")
         everywhere = len(self.failed) == self.world - 1
         self.end(code, reason and (reason if everywhere else f"rank 0: {reason}") + detail)
 
