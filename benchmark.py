@@ -11,9 +11,11 @@ commit, device and versions, to benchmarks/results.jsonl, from which `--readme` 
 import argparse
 import contextlib
 import datetime
+import importlib.metadata
 import itertools
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -273,6 +275,8 @@ def circumstances(device: torch.device) -> dict:
         "commit": os.environ.get("HOTLOOP_COMMIT") or head + ("+" if changed else ""),
         "device": device_name(device),
         "torch": torch.__version__,
+        "triton": next((d.version for d in importlib.metadata.distributions(name="triton")), None),
+        "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
 

@@ -1,7 +1,6 @@
 """speculative.py: greedy tokens are those of plain decoding, sampled ones have its distribution, and it pays or stops.
 
 Try it:  python -m pytest tests/test_speculative.py -k accept
-         python tests/test_speculative.py --many 200       # the bundled pair on so many prompts; minutes
 """
 
 import functools
@@ -17,25 +16,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for --many; pytest has it already
-
-import benchmark  # noqa: E402
-import benchmark_speculation  # noqa: E402
-import draft as drafts  # noqa: E402
-import generate as program  # noqa: E402
-import sampling  # noqa: E402
-import speculative  # noqa: E402
-import tables  # noqa: E402
-from checkpoint import load_model  # noqa: E402
-from generate import Sampler, compile_decode, complete, fill, generate, graph_slots, warm_up  # noqa: E402
-from graphs import compile_step  # noqa: E402
-from quantize import make_recipe  # noqa: E402
-from speculative import MAX_K, Pace, Speculation, accept, accept_greedy, accept_listed, propose_lookup  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+import benchmark
+import benchmark_speculation
+import draft as drafts
+import generate as program
+import sampling
+import speculative
+import tables
+from checkpoint import load_model
+from generate import Sampler, compile_decode, complete, fill, generate, graph_slots, warm_up
+from graphs import compile_step
+from quantize import make_recipe
+from speculative import MAX_K, Pace, Speculation, accept, accept_greedy, accept_listed, propose_lookup
+from tokenizer import Tokenizer
 
 DEMO = Path(__file__).parents[1] / "demo"
 DEPTHS = range(1, 9)
-
+PROPOSERS = ("draft", "int8", "int4", "lookup")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,13 +51,64 @@ def speculation(k=4, draft=None, **more) -> Speculation:
     return Speculation(fill, graph_slots, k, draft, **more)
 
 
+def noisy(draft, amount: float):
+    """A model, with noise in its weights."""
+    generator = torch.Generator().manual_seed(5)
+    for weight in draft.parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim > 1:
+            weight.data = weight + amount * weight.std() * noise
+    return draft
+
+
 def perturbed(model, tiny, amount: float, **changes):
     """A draft that agrees with a tiny model now and then: its weights, and noise."""
-    draft, generator = tiny(**changes), torch.Generator().manual_seed(5)
+    draft = tiny(**changes)
     for mine, theirs in zip(draft.parameters(), model.parameters(), strict=True):
-        noise = torch.randn(mine.shape, generator=generator)
-        mine.data = theirs + amount * theirs.std() * noise if mine.ndim > 1 else theirs
-    return draft
+        mine.data = theirs
+    return noisy(draft, amount)
+
+
+class Steps(Sampler):
+    """A greedy sampler that remembers what each step gave each row, a plain step one token."""
+
+    def reset(self, *more):
+        super().reset(*more)
+        self.steps = []
+
+    def forward(self, logits):
+        out = super().forward(logits)
+        self.steps.append(out.tolist())
+        return out
+
+    def verify(self, *more):
+        out = super().verify(*more)
+        self.steps.append([[t for t in row if t >= 0] for row in out.tolist()])
+        return out
+
+    def stopped_inside(self, out: torch.Tensor, stops) -> int:
+        """In how many rows of what was yielded the stop was followed by tokens of its step, which had to be dropped."""
+        inside = 0
+        for row, steps in zip(out.tolist(), zip(*self.steps, strict=True), strict=True):
+            if set(stops) & set(row):
+                step = next(step for step in steps if set(stops) & set(step))
+                inside += bool(set(stops) & set(step[:-1]))
+        return inside
+
+
+def until(rows: torch.Tensor, stops) -> torch.Tensor:
+    """What `generate` leaves of tokens [B, N] where a stop ends a row."""
+    stop = torch.isin(rows, torch.tensor(list(stops))).long()
+    rows = rows.masked_fill(stop.cumsum(1) > stop, -1)
+    return rows[:, (rows >= 0).any(0)]
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """The bundled pair in float32: (tokenizer, model, draft of each proposer)."""
+    own = {mode: load_model(DEMO, dtype=torch.float32, quant=make_recipe(mode)) for mode in ("int8", "int4")}
+    drafts = {"draft": load_model(DEMO / "draft", dtype=torch.float32), **own, "lookup": None}
+    return Tokenizer(DEMO), load_model(DEMO, dtype=torch.float32), drafts
 
 
 # ----------------------------------------------------------------------------------------------------------- accept
@@ -107,7 +155,7 @@ def p_values(accept, deterministic: bool) -> list[float]:
     return values
 
 
-def accept_lists(p, q, proposed, coins, noise):
+def accept_lists(p, q, proposed, coins, noise, accept_listed=accept_listed):
     """accept_listed, given what accept is: each distribution lists its V - 1 tokens, the likeliest first."""
     noise = noise[:, 1:]
     p, ids = p.topk(V - 1)
@@ -123,23 +171,31 @@ def test_accept_gives_the_targets_distribution(deterministic, function):
 
 
 BUGS = [
-    ("rest = (p - q).clamp_min(0)", "rest = p", False),
-    ("rest = (p - q).clamp_min(0)", "rest = p", True),
-    ("count_kept(coins * q.", "count_kept(0.9 * coins * q.", False),
-    ("count_kept(coins * q.", "count_kept(0.95 * coins * q.", True),
-    ("torch.where(kept, k, torch.arange(k, device=kept.device)).amin", "kept.sum", False),
-    ("at(q, count)", "at(q, 0 * count)", False),
-    ("at(q, count)", "at(q, 0 * count)", True),
+    ("accept", "rest = (p - q).clamp_min(0)", "rest = p", False),
+    ("accept", "rest = (p - q).clamp_min(0)", "rest = p", True),
+    ("accept", "count_kept(coins * q.", "count_kept(0.9 * coins * q.", False),
+    ("accept", "count_kept(coins * q.", "count_kept(0.95 * coins * q.", True),
+    ("accept", "torch.where(kept, k, torch.arange(k, device=kept.device)).amin", "kept.sum", False),
+    ("accept", "at(q, count)", "at(q, 0 * count)", False),
+    ("accept", "at(q, count)", "at(q, 0 * count)", True),
+    ("accept_listed", "coins * q_token < p_token", "0.9 * coins * q_token < p_token", False),
+    ("accept_listed", "coins * q_token < p_token", "0.95 * coins * q_token < p_token", True),
+    ("accept_listed", "at(q_ids, count)", "at(q_ids, 0 * count)", False),
+    ("accept_listed", "at(q_ids, count)", "at(q_ids, 0 * count)", True),
+    ("accept_listed", "torch.where(same, at(q, count)[:, None], 0).sum(-1)", "0 * noise", False),
+    ("accept_listed", "torch.where(same, at(q, count)[:, None], 0).sum(-1)", "0 * noise", True),
 ]
 
 
-@pytest.mark.parametrize("right, wrong, deterministic", BUGS, ids=[f"{wrong}-{d}" for _, wrong, d in BUGS])
-def test_the_test_of_accept_notices_a_bug(right, wrong, deterministic):
-    source = "\n".join(map(inspect.getsource, (accept, speculative.count_kept, speculative.draw_rest)))
+@pytest.mark.parametrize("function, right, wrong, deterministic", BUGS, ids=[f"{f}-{w}-{d}" for f, _, w, d in BUGS])
+def test_the_test_of_accept_notices_a_bug(function, right, wrong, deterministic):
+    functions = (getattr(speculative, function), speculative.count_kept, speculative.draw_rest)
+    source = "\n".join(map(inspect.getsource, functions))
     assert source.count(right) == 1
     names = dict(vars(speculative))
     exec(source.replace(right, wrong), names)
-    assert min(p_values(names["accept"], deterministic)) < 1e-6
+    lists = functools.partial(accept_lists, accept_listed=names["accept_listed"])
+    assert min(p_values(names["accept"] if function == "accept" else lists, deterministic)) < 1e-6
 
 
 def test_accept_row_by_row():
@@ -246,16 +302,16 @@ def test_greedy_equals_plain_at_every_depth(tiny, changes, amount):
     assert kept > 7.9 if amount == 0 else kept < 7.9  # the draft is as good as it was made
 
 
-@pytest.mark.parametrize("k", [1, 3, 8])
-def test_greedy_lookup_equals_plain(tiny, k):
+def test_greedy_lookup_equals_plain_at_every_depth(tiny):
     model = tiny(vocab_size=7)  # so few words that the same ones follow each other again
     cycle = tokens(6, seed=1, vocab=7) * 4
     prompts = [cycle, tokens(30, seed=2, vocab=7), cycle[3:]]
-    expected = columns(generate(model, prompts, 40))
-    how = speculation(k)
-    assert torch.equal(columns(generate(model, prompts, 40, Sampler(), speculation=how)), expected)
-    assert 0 < how.statistics.summary()["acceptance"] <= 1
-    assert torch.equal(columns(generate(model, prompts[:1], 40, Sampler(), speculation=how)), expected[:1])
+    plain = [columns(generate(model, p, 40)) for p in (prompts[:1], prompts)]
+    for k in DEPTHS:
+        how = speculation(k)
+        for batch, expected in zip((prompts[:1], prompts), plain, strict=True):
+            assert torch.equal(columns(generate(model, batch, 40, Sampler(), speculation=how)), expected), k
+        assert 0 < how.statistics.summary()["acceptance"] <= 1
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
@@ -283,33 +339,39 @@ def test_vocabularies_of_different_sizes(tiny, draft_vocab, target_vocab):
         assert out.shape == (2, 30) and 0 <= out.min() and out.max() < target_vocab
 
 
-def test_stop_ids_inside_accepted_runs(tiny):
-    model = tiny()
-    prompts = [tokens(5, seed=1), tokens(9, seed=2), tokens(3, seed=3)]
-    free = columns(generate(model, prompts, 30))
+@pytest.mark.parametrize("k", [1, 4, 8])
+@pytest.mark.parametrize("amount", [0.0, 0.05, None], ids=["itself", "draft", "lookup"])
+def test_stop_ids_inside_accepted_runs(tiny, amount, k):
+    small = dict(vocab_size=11)  # so few words that a lookup finds the stop, too
+    model = tiny(**small)
+    how = speculation(k, None if amount is None else perturbed(model, tiny, amount, **small))
+    prompts = [tokens(5, seed=1, vocab=11), tokens(5, seed=2, vocab=11) * 2, tokens(3, seed=3, vocab=11)]
     inside = 0
-    for stop in {t for row in free.tolist() for t in row[1:20]}:
-        expected = columns(generate(model, prompts, 30, stop_ids=[stop]))
-        how = speculation(7, tiny())  # proposes exactly what the target says, so runs are long
-        out = columns(generate(model, prompts, 30, Sampler(), stop_ids=[stop], speculation=how))
+    for stop in range(11):
+        sampler, expected = Steps(), columns(generate(model, prompts, 24, stop_ids=[stop]))
+        out = columns(generate(model, prompts, 24, sampler, stop_ids=[stop], speculation=how))
         assert torch.equal(out, expected), stop
-        inside += any(0 < row.index(stop) % 8 < 7 for row in free.tolist() if stop in row)
-    assert inside > 10
+        inside += sampler.stopped_inside(out, [stop])
+    assert inside > (0 if amount is None else 3), inside
 
 
-def test_stop_strings_and_reasons_inside_accepted_runs():
-    model, tokenizer = load_model(DEMO, dtype=torch.float32), Tokenizer(DEMO)
-    ids = tokenizer.encode("def fibonacci(n):")
-    how = speculation(8, load_model(DEMO, dtype=torch.float32))
-    whole = complete(lambda: generate(model, [ids], 60), tokenizer, ids, (), (), lambda text: None)
-    for at in range(5, len(whole["text"]) - 12, 17):
-        stop = whole["text"][at : at + 3]
-        written, results = [], []
-        for more in ({}, dict(sample=Sampler(), speculation=how)):
-            generation = lambda more=more: generate(model, [ids], 60, **more)  # noqa: E731
-            results.append(complete(generation, tokenizer, ids, (), [stop], written.append))
-        plain, ours = ({k: r[k] for k in ("tokens", "text", "finish_reason")} for r in results)
-        assert plain == ours and ours["finish_reason"] == "stop"
+def test_stop_strings_and_reasons_inside_accepted_runs(bundled):
+    """Each stop with one k of each proposer, in turn; the text repeats itself, so that a lookup has long runs, too."""
+    tokenizer, model, drafts = bundled
+    ids = tokenizer.encode("self.x = x\nself.y = y\nself.")
+    proposers, met = ("draft", "int8", "lookup"), set()
+    whole = complete(lambda: generate(model, [ids], 40), tokenizer, ids, (), (), lambda text: None)["text"]
+    for i, at in enumerate(range(4, len(whole) - 12, 9)):
+        results = []
+        for name in (None, *proposers):
+            k = (1, 4, 8)[(i + proposers.index(name)) % 3] if name else None
+            more = dict(sample=Sampler(), speculation=speculation(k, drafts[name])) if name else {}
+            generation = lambda more=more: generate(model, [ids], 40, **more)  # noqa: E731
+            results.append(complete(generation, tokenizer, ids, (), [whole[at : at + 3]], lambda text: None))
+            met.add((name, k))
+        plain, *ours = ({k: r[k] for k in ("tokens", "text", "finish_reason")} for r in results)
+        assert plain["finish_reason"] == "stop" and all(o == plain for o in ours), at
+    assert met > set(product(proposers, (1, 4, 8)))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 9])
@@ -430,89 +492,125 @@ def family_names():
     return list(CASES)
 
 
-@pytest.mark.parametrize("name", family_names() if "pytest" in sys.modules else [])
-def test_every_family(name, tmp_path):
-    """A family's tiny model with a draft of its own weights in int8 and with lookup."""
+def family_runs(i: int) -> list[tuple[str, int, int]]:
+    """(proposer, k, batch) of the i-th family: each proposer once, with all k and both batches over the families."""
+    names = ("draft", "int4" if i % 3 == 1 else "int8", "lookup")
+    return [(name, 1 + (i + 3 * n) % 8, (1, 3)[(i // 8 + n) % 2]) for n, name in enumerate(names)]
+
+
+def test_the_families_see_every_depth_and_batch():
+    runs = {run for i in range(len(family_names())) for run in family_runs(i)}
+    assert runs >= set(product(("draft", "lookup"), DEPTHS, (1, 3)))
+    assert {run[1:] for run in runs if run[0] in ("int8", "int4")} == set(product(DEPTHS, (1, 3)))
+
+
+@pytest.mark.parametrize("i, name", list(enumerate(family_names())), ids=family_names())
+def test_every_family(i, name, tmp_path):
+    """A family's tiny model with a draft near to it, its own weights quantized, and lookup."""
     from test_families import hf_model
 
     hf_model(name).save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype=torch.float32)
-    draft = load_model(tmp_path, dtype=torch.float32, quant=make_recipe("int8"))
     cycle = tokens(5, vocab=96) * 4
     prompts = [cycle, tokens(33, seed=1, vocab=96), cycle[:7]]
     expected = columns(generate(model, prompts, 24))
-    for k, proposer in ((2, draft), (7, draft), (3, None)):
-        how = speculation(k, proposer)
-        assert torch.equal(columns(generate(model, prompts, 24, Sampler(), speculation=how)), expected), k
-        if proposer:
+    for proposer, k, batch in family_runs(i):
+        draft = None
+        if proposer != "lookup":
+            skip = ["down"] if proposer == "int4" else []  # 80 columns are no multiple of its groups
+            quant = None if proposer == "draft" else make_recipe(proposer, skip=skip)
+            draft = load_model(tmp_path, dtype=torch.float32, quant=quant)
+        how = speculation(k, noisy(draft, 0.02) if proposer == "draft" else draft)
+        out = columns(generate(model, prompts[:batch], 24, Sampler(), speculation=how))
+        assert torch.equal(out, expected[:batch]), (proposer, k, batch)
+        if proposer == "int8":
             assert how.statistics.summary()["acceptance"] > 0.3
 
 
 # ------------------------------------------------------------------------------------------------ the bundled pair
 def heldout_prompts(tokenizer, n: int) -> list[list[int]]:
-    """n prompts of different lengths, from 1 to some 200 tokens, of the held-out text."""
+    """n prompts of the held-out text, of different lengths: from 1 to 73 tokens, most of them short."""
     rng, text = random.Random(0), (DEMO / "heldout.txt").read_text()
     starts = [rng.randrange(len(text) - 2000) for _ in range(n)]
-    return [tokenizer.encode(text[s : s + 1200])[: 1 + (37 * i) % 211] for i, s in enumerate(starts)]
+    lengths = [1 + x * (x + 20) // 66 for x in (37 * i % 61 for i in range(n))]
+    return [tokenizer.encode(text[s : s + 500])[:length] for s, length in zip(starts, lengths, strict=True)]
 
 
-def check_bundled_pair(n: int, new: int) -> dict[str, float]:
-    """Greedy float32 tokens of all proposers against plain decoding, on n prompts -> acceptance of each."""
-    tokenizer = Tokenizer(DEMO)
-    model = load_model(DEMO, dtype=torch.float32)
-    proposers = {
-        "draft": load_model(DEMO / "draft", dtype=torch.float32),
-        "int8": load_model(DEMO, dtype=torch.float32, quant=make_recipe("int8")),
-        "int4": load_model(DEMO, dtype=torch.float32, quant=make_recipe("int4")),
-        "lookup": None,
-    }
-    hows = {(name, k): speculation(k, draft) for name, draft in proposers.items() for k in DEPTHS}
-    prompts, rates = heldout_prompts(tokenizer, n), {}
-    for i in range(0, n, 3):
-        batch, k = prompts[i : i + 3], 1 + i // 3 % 8
-        together = columns(generate(model, batch, new, stop_ids=tokenizer.stop_ids))
-        for name in proposers:
-            how, more = hows[name, k], dict(stop_ids=tokenizer.stop_ids)
-            out = columns(generate(model, batch, new, Sampler(), speculation=how, **more))
-            assert torch.equal(out, together), (name, k, i)
-            rates.setdefault(name, []).append(how.statistics.summary()["acceptance"])
-            for j, prompt in enumerate(batch):
-                alone = columns(generate(model, [prompt], new, Sampler(), speculation=hows[name, 9 - k], **more))
-                row = together[j][together[j] >= 0]
-                assert torch.equal(alone[0], row), (name, 9 - k, i + j)
-    return {name: sum(filter(None, r)) / len(r) for name, r in rates.items()}
-
-
-def test_bundled_pair_on_many_prompts():
-    rates = check_bundled_pair(n=16, new=12)
+def test_bundled_pair_on_200_prompts(bundled):
+    """Each prompt with the draft, a self-draft and lookup, in threes or alone; of three texts two meet a stop."""
+    tokenizer, model, drafts = bundled
+    prompts = heldout_prompts(tokenizer, 200)
+    groups = [prompts[i : i + 3] for i in range(0, 180, 3)] + [[p] for p in prompts[180:]]
+    hows = {(name, k): speculation(k, draft) for name, draft in drafts.items() for k in DEPTHS}
+    covered, inside, rates = set(), dict.fromkeys(PROPOSERS, 0), {name: [] for name in PROPOSERS}
+    for i, batch in enumerate(groups):
+        k, own = 1 + i % 8, ("int8", "int4")[i // 8 % 2]
+        new = k + 4  # the first token, a whole proposal, and more
+        free = columns(generate(model, batch, new))
+        stops = tokenizer.stop_ids
+        if i % 3:
+            stops = [row[2 + (i + j) % (new - 3)] for j, row in enumerate(free.tolist())]
+        expected = until(free, stops)
+        for name in ("draft", own, "lookup"):
+            sampler = Steps()
+            out = columns(generate(model, batch, new, sampler, stop_ids=stops, speculation=hows[name, k]))
+            assert torch.equal(out, expected), (name, k, i)
+            inside[name] += sampler.stopped_inside(out, stops)
+            covered.add((name, k, len(batch)))
+            rates[name].append(hows[name, k].statistics.summary()["acceptance"])
+    assert covered == set(product(PROPOSERS, DEPTHS, (1, 3)))
+    assert min(inside.values()) > 0, inside
+    rates = {name: sum(filter(None, r)) / len(r) for name, r in rates.items()}
     assert rates["int8"] > 0.9 and rates["int4"] > 0.6 and rates["draft"] > 0.35 and rates["lookup"] > 0.1, rates
 
 
-@pytest.mark.parametrize("proposer", ["draft", "lookup"])
-def test_three_sampled_tokens_have_the_targets_distribution(proposer):
-    """The joint distribution of the first three tokens, exactly computed from the target alone."""
-    model, tokenizer = load_model(DEMO, dtype=torch.float32), Tokenizer(DEMO)
-    draft = load_model(DEMO / "draft", dtype=torch.float32) if proposer == "draft" else None
-    prompt = tokenizer.encode("self.x = x\nself.y = y\nself.")
-    settings = dict(temperature=1.2, top_k=3)
-    exact = {}
-    with torch.no_grad():
-        for length in range(3):
-            stems = [()] if length == 0 else list(exact)
-            probs = sampling.probabilities(model(torch.tensor([prompt + list(s) for s in stems]))[:, -1], **settings)
-            exact = {(*s, t): exact.get(s, 1.0) * row[t].item() for s, row in zip(stems, probs, strict=True)
-                     for t in row.nonzero()[:, 0].tolist()}  # fmt: skip
-    assert len(exact) == 27 and abs(sum(exact.values()) - 1) < 1e-5
+SETTINGS = {
+    "top_k": dict(temperature=1.2, top_k=3),
+    "top_p": dict(temperature=1.0, top_p=0.7),
+    "min_p": dict(temperature=1.2, min_p=0.1),
+    "penalty": dict(temperature=0.5, repetition_penalty=1.1),
+    "penalty, top_k": dict(temperature=1.2, top_k=3, repetition_penalty=1.3),
+    "none": dict(temperature=0.7),
+}
+
+
+def likely_texts(model, prompt: list[int], n: int, least: float, repetition_penalty=1.0, **rule) -> dict:
+    """Texts of n tokens that follow a prompt with a probability above `least`, computed from the target alone."""
+    exact = {(): 1.0}
+    for _ in range(n):
+        texts = torch.tensor([prompt + list(stem) for stem in exact])
+        logits = model(texts)[:, -1]
+        seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, texts, True)
+        factor = torch.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
+        probs = sampling.probabilities(torch.where(seen, logits * factor, logits), **rule)
+        exact = {(*stem, t): p * q for (stem, p), row in zip(exact.items(), probs.tolist(), strict=True)
+                 for t, q in enumerate(row) if p * q > least}  # fmt: skip
+    return exact
+
+
+@pytest.mark.parametrize(
+    "proposer, setting",
+    [("draft", "top_k"), ("lookup", "top_k"), ("int8", "top_k"), ("int8", "top_p"), ("draft", "min_p"),
+     ("draft", "penalty"), ("lookup", "penalty, top_k"), ("int8", "none"), ("lookup", "none")],
+)  # fmt: skip
+@torch.no_grad()
+def test_three_sampled_tokens_have_the_targets_distribution(bundled, proposer, setting):
+    """The joint distribution of the first three tokens; texts too rare to be counted are one class."""
+    tokenizer, model, drafts = bundled
+    prompt, rows = tokenizer.encode("self.x = x\nself.y = y\nself."), 300
+    draws = 1200 if "top_k" in setting else 600  # a number for each token of the vocabulary takes longer than a list
+    exact = likely_texts(model, prompt, 3, 6 / draws, **SETTINGS[setting])
     torch.manual_seed(0)
-    how, counts = speculation(2, draft), dict.fromkeys(exact, 0)
-    for _ in range(4):
-        for row in columns(generate(model, [prompt] * 300, 3, Sampler(**settings), speculation=how)).tolist():
-            counts[tuple(row)] += 1
-    assert 0.1 < how.statistics.summary()["acceptance"] < 0.95
-    likely = [s for s in exact if exact[s] * 1200 > 6]
-    observed = torch.tensor([counts[s] for s in likely] + [1200 - sum(counts[s] for s in likely)])
-    expected = torch.tensor([exact[s] for s in likely] + [1 - sum(exact[s] for s in likely)])
-    assert len(likely) > 12 and p_value(observed, expected) > 0.01
+    how, counts = speculation(2, drafts[proposer]), dict.fromkeys(exact, 0)
+    for start in (0, *[len(prompt) - 1] * (draws // rows - 1)):  # the prompts are read once
+        sampler = Sampler(**SETTINGS[setting])
+        for row in columns(generate(model, [prompt] * rows, 3, sampler, start=start, speculation=how)).tolist():
+            if tuple(row) in counts:
+                counts[tuple(row)] += 1
+    observed = torch.tensor([*counts.values(), draws - sum(counts.values())])
+    expected = torch.tensor([*exact.values(), 1 - sum(exact.values())])
+    assert 0.1 < how.statistics.summary()["acceptance"] < 0.99
+    assert len(exact) > 8 and p_value(observed, expected) > 0.01
 
 
 def test_seeds_are_repeatable(tiny):
@@ -733,6 +831,8 @@ def test_command_line(how, monkeypatch, capsys):
     figures = ours["speculation"]
     assert figures["tokens_per_step"] >= 1 and figures["speedup"] > 0 and figures["plain_tok_s"] > 0
     assert "tokens with" in err and "times plain decoding" in err and "% accepted" in err
+    shares = " ".join(f"{100 * share:.0f}" for share in figures["acceptance_by_position"])
+    assert "(by position " in err and (f"(by position {shares})" in err or not shares)
     assert ours["bandwidth_gbs"] is None
 
 
@@ -823,10 +923,3 @@ def test_no_memory_for_both(monkeypatch):
     line = refused("--draft", "int8")
     assert "needs 0.0 GB" in line and "free" in line and "lookup" in line
     assert drafts.memory_of(load_model(DEMO).args, None, torch.bfloat16, 0) == pytest.approx(13.9e6, rel=0.02)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] != ["--many"]:
-        sys.exit("usage: python tests/test_speculative.py --many N")
-    torch.set_num_threads(1)
-    print(check_bundled_pair(int(sys.argv[2]), new=16))
