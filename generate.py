@@ -181,7 +181,8 @@ def fill(model: Transformer, prompts: Sequence[Sequence[int]], start: int = 0, p
 def make_speculation(k: int | str, draft: Transformer | None, compile: bool) -> Speculation:
     """A Speculation whose draft reads prompts as the model does: compiled, by graphs of its own."""
     read = functools.partial(fill, prefill=compile_prefill(draft)) if compile and draft is not None else fill
-    return Speculation(read, graph_slots, k, draft, compile_step if compile else None)
+    agree = tp.current().agree if tp.current() else int
+    return Speculation(read, graph_slots, k, draft, compile_step if compile else None, agree)
 
 
 def check_lengths(shortest: int, longest: int, max_new_tokens: int, limit: int) -> None:
@@ -437,8 +438,6 @@ def main(
     recipe = pick_recipe(quant, groupsize)
     k = pick_k(speculate_k, draft, draft_checkpoint_path, compare)
     if ranks and k is not None:  # every rank draws the same numbers, so that they accept the same tokens
-        if k == "auto":
-            raise ValueError("--speculate_k auto: it measures time, which ranks do not share; give a number instead")
         seed = ranks.broadcast(torch.seed() >> 1 if seed is None else seed)
         torch.manual_seed(seed)
     directory = resolve(checkpoint_path)

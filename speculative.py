@@ -374,16 +374,18 @@ class Speculation:
     fill(model, rows, start): run rows (lists of ids) into a model's cache from position `start` on.
     slots_for(model, n): the cache slots to attend to for n tokens. k: tokens to propose, 1 to MAX_K, or "auto".
     draft: a model, or None to look up in the text so far. compile(step, slots_at): a step compiled, `slots` being its
-    argument number slots_at; on CUDA such steps are then captured. None: eager steps.
+    argument number slots_at; on CUDA such steps are then captured. None: eager steps. agree(k): of a model sharded over
+    ranks, whose clocks differ, the k that one of them has chosen.
     Raises ValueError for another k.
     """
 
     def __init__(
-        self, fill: Callable, slots_for: Callable, k: int | str = 4, draft=None, compile: Callable | None = None
-    ):
+        self, fill: Callable, slots_for: Callable, k: int | str = 4, draft=None, compile: Callable | None = None,
+        agree: Callable[[int], int] = int,
+    ):  # fmt: skip
         if k != "auto" and not (isinstance(k, int) and 1 <= k <= MAX_K):
             raise ValueError(f"--speculate_k {k}: it must be auto, or a number from 1 to {MAX_K}")
-        self.fill, self.slots_for, self.draft = fill, slots_for, draft
+        self.fill, self.slots_for, self.draft, self.agree = fill, slots_for, draft, agree
         self.pace = Pace() if k == "auto" else None
         self.depths = DEPTHS if k == "auto" else (k,)
         self.max_k = max(self.depths)
@@ -436,7 +438,7 @@ class Speculation:
         """The k of the next step after `rows`, where at most so many tokens are left to come."""
         if self.forced is not None:
             return self.forced
-        return self.pace.choose(lambda: self.lacks(rows, done), left) if self.pace else self.max_k
+        return self.agree(self.pace.choose(lambda: self.lacks(rows, done), left)) if self.pace else self.max_k
 
     def lacks(self, rows: Sequence[Sequence[int]], done: Sequence[bool]) -> int:
         """How many tokens the draft has to catch up, of the row that lacks most; its next pass feeds the last two."""

@@ -91,11 +91,11 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def agree(self, go: bool) -> bool:
-        """Rank 0's decision. One byte: it is asked for before every token."""
-        decision = torch.tensor([go], dtype=torch.uint8)
-        dist.broadcast(decision, src=0, group=self.control)
-        return bool(decision.item())
+    def agree(self, decision: int) -> int:
+        """Rank 0's decision, from 0 to 255. One byte: it is asked for before every token."""
+        decided = torch.tensor([decision], dtype=torch.uint8)
+        dist.broadcast(decided, src=0, group=self.control)
+        return int(decided.item())
 
     def barrier(self) -> None:
         """Wait for all ranks."""

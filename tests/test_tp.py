@@ -446,6 +446,7 @@ CODE += ["--max_new_tokens", "24", "--ignore_eos"]
 SPECULATION = {
     "lookup": [*CODE, "--draft", "lookup", "--speculate_k", "4", "--temperature", "0"],
     "int8": [*CODE, "--draft", "int8", "--speculate_k", "3", "--temperature", "0"],
+    "auto": [*CODE, "--draft_checkpoint_path", DEMO / "draft", "--speculate_k", "auto", "--temperature", "0"],
     "draft, sampled": [*CODE, "--draft_checkpoint_path", DEMO / "draft", "--speculate_k", "3"]
     + ["--temperature", "1", "--seed", "7"],
 }
@@ -642,16 +643,18 @@ def test_the_programs_just_work(runs):
 
 @pytest.mark.parametrize("name", SPECULATION)
 def test_speculation_gives_one_process_tokens(name, runs, capsys):
-    """Sampled ones, too: all ranks draw the numbers of one process. Proposals are as good, which tokens do not tell."""
+    """Sampled ones, too: all ranks draw the numbers of one process. Proposals are as good, which tokens do not tell;
+    but for k that depends on the clock, and is rank 0's."""
     import generate as program
 
     assert runs(name).rc == 0, runs(name).err
     program.main(**vars(program.parser().parse_args([*map(str, SPECULATION[name]), "--json"])))
     got, expected = (json.loads(out.splitlines()[-1]) for out in (runs(name).out, capsys.readouterr().out))
     assert got["tokens"] == expected["tokens"] and len(got["tokens"]) == 24
-    for figure in ("steps", "acceptance_by_position"):
-        assert got["speculation"][figure] == expected["speculation"][figure]
-    assert got["speculation"]["steps"] < 20
+    if name != "auto":
+        for figure in ("steps", "acceptance_by_position"):
+            assert got["speculation"][figure] == expected["speculation"][figure]
+        assert got["speculation"]["steps"] < 20
 
 
 def test_chat(runs):
