@@ -10,6 +10,7 @@ import benchmark
 from checkpoint import load_model
 
 DEMO = Path(benchmark.__file__).parent / "demo"
+pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ["--checkpoint_path", str(DEMO), "--device", "cpu", "--no_compile", "--runs", "1", "--new_tokens", "12"]
 
 
@@ -34,6 +35,7 @@ def test_every_batch_with_every_length_in_every_mode(capsys):
 
 @pytest.mark.parametrize("off", ["nothing", "positions", "logits", "tokens"])
 def test_a_fast_wrong_step_does_not_count(off, monkeypatch):
+    torch.manual_seed(0)
     model = load_model(DEMO, "cpu", torch.float32)
     features, logits, generate = model.features, model.logits, benchmark.generate
 

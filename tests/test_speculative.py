@@ -617,7 +617,7 @@ def test_three_sampled_tokens_have_the_targets_distribution(bundled, proposer, s
     """The joint distribution of the first three tokens; texts too rare to be counted are one class."""
     tokenizer, model, drafts = bundled
     prompt, rows = tokenizer.encode("self.x = x\nself.y = y\nself."), 300
-    draws = 1200 if "top_k" in setting else 600  # a number for each token of the vocabulary takes longer than a list
+    draws = 900 if "top_k" in setting else 600  # a number for each token of the vocabulary takes longer than a list
     exact = likely_texts(model, prompt, 3, 6 / draws, **SETTINGS[setting])
     torch.manual_seed(0)
     how, counts = speculation(2, drafts[proposer]), dict.fromkeys(exact, 0)

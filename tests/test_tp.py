@@ -605,7 +605,6 @@ def runs(tmp_path_factory):
         "truncated shard 1": sabotaged(1, short, sharded),
         "other 1": sabotaged(1, other),
         "interrupt": lambda: torchrun(*LONG, interrupt=True),
-        "interrupt 0": sabotaged(0, "interrupt"),
         "interrupt 1": sabotaged(1, "interrupt"),
         "heads": lambda: torchrun(*ONE, nproc=3),
         "flag": lambda: torchrun("--nonsense"),
@@ -759,9 +758,8 @@ def test_interrupt_ends_everything(runs):
     assert run.rc != 0 and run.out and not run.lines and run.seconds < 25, run.err
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_interrupt_of_a_rank_ends_all(rank, runs):
-    run = runs(f"interrupt {rank}")
+def test_interrupt_of_a_rank_ends_all(runs):
+    run = runs("interrupt 1")
     assert run.rc != 0 and not run.lines and run.seconds < 60, run.err
     assert run.codes and set(run.codes.values()) == {"130"}, run.err
 
