@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: a test must never reach for the network
@@ -21,9 +22,14 @@ TINY = dict(
 INTERPRETED = "test_kernels_under_the_interpreter"
 
 
+def waits(item) -> bool:
+    """Whether a test waits for what `kernel_tests` or `programs` has started before the first."""
+    return item.name == INTERPRETED or "runs" in item.fixturenames
+
+
 def pytest_collection_modifyitems(items):
-    """That test last: it waits for what `kernel_tests` starts before the first."""
-    items.sort(key=lambda item: item.name == INTERPRETED)
+    """Those last."""
+    items.sort(key=waits)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,6 +53,26 @@ def kernel_tests(request):
         finally:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs(request, kernel_tests, tmp_path_factory):
+    """A function of a name: how that run of test_tp.py's programs ended. They take minutes, and run one after another
+    beside the tests here, once `kernel_tests` has left them a core; two at a time where it is not asked for."""
+    if not any("runs" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    from test_tp import program_runs
+
+    pool = ThreadPoolExecutor(1 if kernel_tests else 2)
+    try:
+        if kernel_tests:
+            pool.submit(kernel_tests[0].wait)
+        jobs = program_runs(tmp_path_factory.mktemp("programs"))
+        futures = {name: pool.submit(job) for name, job in jobs.items()}
+        yield lambda name: futures[name].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")

@@ -561,10 +561,8 @@ def two_agents(*argv) -> tuple:
         return tuple(job.result() for job in jobs)
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """A function of a name: the outcome of that program run. All are started, two at a time."""
-    folder = tmp_path_factory.mktemp("runs")
+def program_runs(folder: Path) -> dict:
+    """Functions by name, each of which runs a program, with what goes wrong in it, and returns how it ended."""
     truncated, other, sharded, short = (folder / name for name in ("truncated", "other", "sharded", "short"))
     for copy in (truncated, other, sharded, short):
         copy.mkdir()
@@ -610,10 +608,13 @@ def runs(tmp_path_factory):
         "flag": lambda: torchrun("--nonsense"),
         "mps": lambda: torchrun(*ONE, "--device", "mps"),
     }  # fmt: skip
-    jobs |= {name: partial(torchrun, *argv, "--json") for name, argv in SPECULATION.items()}
-    with ThreadPoolExecutor(2) as pool:
-        futures = {name: pool.submit(job) for name, job in jobs.items()}
-        yield lambda name: futures[name].result()
+    return jobs | {name: partial(torchrun, *argv, "--json") for name, argv in SPECULATION.items()}
+
+
+@pytest.fixture
+def runs(programs):
+    """A function of a name: how that program run ended."""
+    return programs
 
 
 def one(*argv, script="generate.py", stdin="") -> dict:
