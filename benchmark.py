@@ -355,6 +355,8 @@ def measure_start(arguments: list[str]) -> dict:
             if done.returncode:
                 raise ValueError((done.stderr.strip() or "a process ended without a word").splitlines()[-1])
             starts.append(json.loads(done.stdout.splitlines()[-1]))
+            if starts[-1]["start_s"] is None:
+                raise ValueError("--starts: this system does not tell when a process began; Linux does")
     return {"kind": "start", "model": starts[0]["model"], "mode": starts[0]["mode"],
             "cold_s": starts[0]["start_s"], "warm_s": starts[1]["start_s"]}  # fmt: skip
 
@@ -422,8 +424,8 @@ def main(
     device = ranks.device(device) if ranks else device
     record_row = record_row and not (ranks and ranks.rank)
     pick_kv_dtype(kv_dtype, device)
-    if kv_dtype and (perplexity or speculation):
-        flag = "--perplexity" if perplexity else "--speculation"
+    if kv_dtype and (starts or perplexity or speculation):
+        flag = "--starts" if starts else "--perplexity" if perplexity else "--speculation"
         raise ValueError(f"--kv_dtype {kv_dtype}: {flag} itself decides what to compare; leave one of them out")
     if perplexity and ranks:
         raise ValueError("--perplexity: quantizes with one process; run it without torchrun")
@@ -505,6 +507,7 @@ def main(
                 keep(row, decode_line)
             torch._dynamo.reset()  # frees the CUDA graphs and their memory
         del model, proposer
+        forget_peak(device)  # before the next one is made
     if rows and rows[0].get("start_s"):
         print(f"from the start of the process to the first token: {rows[0]['start_s']:.1f} s, weights not counted")
     tell()

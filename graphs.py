@@ -64,7 +64,8 @@ def compile_step(step: Callable, slots_at: int, dynamic: bool | None = False) ->
 
 
 def _triton_compiles() -> bool:
-    """Whether Triton, which Inductor needs on a GPU, is there, knows this GPU and finds a C compiler."""
+    """Whether Triton, which Inductor needs on a GPU, is there, knows this GPU and finds a C compiler. kernels.py, which
+    asks for newer GPUs and says what is missing, is not imported here."""
     from torch.utils._triton import has_triton
 
     return has_triton() and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))

@@ -71,10 +71,12 @@ def test_two_starts(monkeypatch):
         folder = Path(env["XDG_CACHE_HOME"])
         seen.append((command[2:], sorted(p.name for p in folder.iterdir())))
         (folder / "kept").write_text("")
-        line = json.dumps({"model": "m", "mode": "int8", "start_s": 9.0 - len(seen)})
+        line = json.dumps({"model": "m", "mode": "int8", "start_s": 9.0 - len(seen) if len(seen) < 3 else None})
         return benchmark.subprocess.CompletedProcess(command, 0, f"table\n{line}\n", "")
 
     monkeypatch.setattr(benchmark.subprocess, "run", run)
     row = benchmark.measure_start(["--shape", "m"])
     assert row == {"kind": "start", "model": "m", "mode": "int8", "cold_s": 8.0, "warm_s": 7.0}
     assert seen == [(["--shape", "m", "--runs", "1", "--json"], kept) for kept in ([], ["kept"])]
+    with pytest.raises(ValueError, match="does not tell when a process began"):
+        benchmark.measure_start([])
