@@ -52,10 +52,31 @@ def test_a_fast_wrong_step_does_not_count(off, monkeypatch):
     settings = dict(prompt_tokens=9, new_tokens=20, batch=2, temperature=0.8, top_k=5, compile=False, runs=1)
     if off == "nothing":
         figures = benchmark.measure(model, **settings)
-        assert figures["unlikely"] == 0 and figures["logits_error"] < 1e-5
+        assert figures["unlikely"] == 0 and figures["logits_error"] < 1e-5 and figures["rounding_error"] < 1e-5
     else:
         with pytest.raises(ValueError, match="what was measured is wrong, and does not count: logits are off"):
             benchmark.measure(model, **settings)
+
+
+@pytest.mark.parametrize("dtype, kv_dtype", [(torch.bfloat16, None), (torch.bfloat16, "fp8"), (torch.float32, "fp8")])
+@pytest.mark.parametrize("layers", [6, 60])
+def test_rounding_counts_for_what_it_is(dtype, kv_dtype, layers):
+    """What is right of a deep model, or of one with an fp8 cache, would be wrong of another."""
+    torch.manual_seed(0)
+    args = benchmark._shape(128, layers, 4, 2, 256, 300, 512, head_dim=32)
+    weights = benchmark.random_weights(args, "cpu", dtype)
+    wide = ((name, t * (1 if name.endswith("norm.weight") else 4)) for name, t in weights)  # what a layer adds counts
+    model = benchmark.build_model(args, wide, "cpu", dtype)
+    model.setup_caches(1, 1, kv_dtype)
+    settings = dict(prompt_tokens=9, new_tokens=20, batch=2, compile=False, runs=1)
+    right = benchmark.measure(model, **settings)
+    assert 0 < right["logits_error"] < 2 * right["rounding_error"]
+    for layer in model.layers:
+        layer.attention.attended = lambda q, *rest, attended=layer.attention.attended: (
+            attended(q, *rest) * (0 if q.shape[2] == 1 else 1)
+        )
+    with pytest.raises(ValueError, match="does not count: logits are off"):
+        benchmark.measure(model, **settings)
 
 
 def test_a_process_that_fails_to_start_is_one_line():
