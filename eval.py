@@ -77,7 +77,7 @@ def through_cache(model, features: Callable) -> Callable:
     def cached(tokens: Tensor) -> Tensor:
         model.setup_caches(*tokens.shape)
         pos = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        return features(tokens, pos, model.slots[:0])  # no slots: each row is a context's beginning
+        return features(tokens, pos, 0)  # each row is a context's beginning
 
     return cached
 

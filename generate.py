@@ -51,7 +51,7 @@ CHAT_CONTEXT = 8192  # tokens of cache that a chat allocates unless --max_seq_le
 
 
 # ------------------------------------------------------------------------------------------------- the decode loop
-def prefill(model: Transformer, tokens: Tensor, input_pos: Tensor, slots: Tensor) -> Tensor:
+def prefill(model: Transformer, tokens: Tensor, input_pos: Tensor, slots: Tensor | int) -> Tensor:
     """Run tokens [B, T] at input_pos [B, T] into the cache -> logits [B, V] after the last; the head sees no other."""
     return model.logits(model.features(tokens, input_pos, slots)[:, -1:])[:, -1]
 
@@ -169,11 +169,9 @@ def fill(model: Transformer, prompts: Sequence[Sequence[int]], start: int = 0, p
     tokens = torch.tensor([[*p, *[p[-1]] * (longest - len(p))] for p in prompts])[:, start:]
     lengths = torch.tensor([[len(p)] for p in prompts])
     input_pos = torch.minimum(torch.arange(start, longest), lengths - 1)
-    size = PREFILL_CHUNK[device.type]
+    size, in_order = PREFILL_CHUNK[device.type], bool((lengths == longest).all())
     for chunk, pos in zip(tokens.split(size, 1), input_pos.split(size, 1), strict=True):
-        # What comes first has nothing to look back at; but not where rows are filled up with repeated tokens.
-        first = int(pos[0, 0]) == 0 and bool((lengths == longest).all())
-        slots = model.slots[:0] if first else slots_for(model, int(pos.max()) + 1)
+        slots = int(pos[0, 0]) if in_order else slots_for(model, int(pos.max()) + 1)
         logits = prefill(model, chunk.to(device), pos.to(device), slots)
     return logits
 

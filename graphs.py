@@ -137,11 +137,13 @@ class GraphedPrefill:
         size = T if T <= self.EXACT else 1 << (T - 1).bit_length()
         if size > self.LARGEST:
             return self.prefill(model, tokens, input_pos, slots)
+        if isinstance(slots, int) and (slots or T < size):  # another graph for each number, or not in order any more
+            slots = slots_for(model, slots + T)
         if T < size:
             repeated = torch.arange(size, device=tokens.device).clamp(max=T - 1)
             tokens, input_pos = tokens[:, repeated], input_pos[:, repeated]
-            slots = slots_for(model, T) if slots.shape[0] == 0 else slots
-        key = (id(model), B, size, slots.shape[0], model.max_batch_size, model.max_seq_len)
+        read = slots if isinstance(slots, int) else slots.shape[0]
+        key = (id(model), B, size, read, model.max_batch_size, model.max_seq_len)
         if key not in self.graphs:
             self.graphs[key] = None
             return self.prefill(model, tokens, input_pos, slots)

@@ -328,8 +328,8 @@ class FusedAttention(nn.Module):
         # Programs of a kv head that have finished; room for any batch that the grid allows. The kernel leaves zeros.
         self.register_buffer("count", torch.zeros(4096, dtype=torch.int32, device=device), persistent=False)
 
-    def forward(self, qkv: Tensor, rope, input_pos: Tensor, slots: Tensor | None) -> Tensor:
-        T, cache, many = qkv.shape[1], self.cache, qkv.shape[1] * self.group > ATTEND_ROWS
+    def forward(self, qkv: Tensor, rope, input_pos: Tensor, slots: Tensor | int | None) -> Tensor:
+        cache, many = self.cache, qkv.shape[1] * self.group > ATTEND_ROWS
         if slots is None or not use_triton(qkv):
             return self.any_length(qkv, rope, input_pos, slots)
         norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
@@ -338,9 +338,7 @@ class FusedAttention(nn.Module):
             q = torch.ops.hotloop.rotated_queries(
                 qkv, *rope, input_pos, cache.k, cache.v, cache.k_scale, cache.v_scale, *norms, self.group, eps, offset
             )
-            # Where no slots are to be attended to, the tokens are a context's first, and so are their own slots.
-            own = cache.read(len(q), 0 if slots.shape[0] else T, q.dtype)
-            return self.attended(q.transpose(1, 2), *own, input_pos, slots)
+            return self.attended(q.transpose(1, 2), input_pos, slots)
         return torch.ops.hotloop.attend(
             qkv, *rope, input_pos, cache.k, cache.v, cache.k_scale, cache.v_scale, self.count, *norms,
             self.group, self.scale, self.softcap or 0.0, self.window or 0, eps, offset,
@@ -372,7 +370,7 @@ class FusedModel:
         )
         return x if all_reduce is None else all_reduce(x), angles[0].unbind(), angles[-1].unbind()
 
-    def run_layers(self, x: Tensor, rope, rope_local, pos: Tensor, slots: Tensor | None) -> Tensor:
+    def run_layers(self, x: Tensor, rope, rope_local, pos: Tensor, slots: Tensor | int | None) -> Tensor:
         """As model.Transformer.run_layers. Where the kernels leave nothing between them to compile, a compiler need
         not go through each layer, which takes seconds: it sees one operator."""
         attention = self.layers[0].attention

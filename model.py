@@ -15,12 +15,14 @@ Sources: Llama (arXiv 2302.13971), RoPE (2104.09864), GQA (2305.13245), YaRN (23
         Numbers agree with Hugging Face transformers; its rotate-half RoPE layout is the native one here.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 # Queries attended at once. Bounds every attention mask to QUERY_BLOCK x S: no S x S tensor exists anywhere.
 QUERY_BLOCK = 512
@@ -211,17 +213,14 @@ class KVCache(nn.Module):
         self.register_buffer("k_scale", scale, persistent=False)
         self.register_buffer("v_scale", scale if scale is None else scale.clone(), persistent=False)
 
-    def update(self, input_pos: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write slot input_pos[b, t] of row b -> k and v as `read` gives them. Rows beyond B keep what they hold."""
+    def update(self, input_pos: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
+        """Write slot input_pos[b, t] of row b. Rows beyond B keep what they hold."""
         rows = torch.arange(input_pos.shape[0], device=input_pos.device)[:, None]
         if self.k_scale is None:
-            self.k[rows, :, input_pos] = k_BTKD
-            self.v[rows, :, input_pos] = v_BTKD
-            return k_BTKD, v_BTKD
-        (k, k_scale), (v, v_scale) = to_fp8(k_BTKD), to_fp8(v_BTKD)
-        self.k[rows, :, input_pos], self.k_scale[rows, :, input_pos] = k, k_scale
-        self.v[rows, :, input_pos], self.v_scale[rows, :, input_pos] = v, v_scale
-        return from_fp8(k, k_scale, k_BTKD.dtype), from_fp8(v, v_scale, v_BTKD.dtype)
+            self.k[rows, :, input_pos], self.v[rows, :, input_pos] = k_BTKD, v_BTKD
+        else:
+            self.k[rows, :, input_pos], self.k_scale[rows, :, input_pos] = to_fp8(k_BTKD)
+            self.v[rows, :, input_pos], self.v_scale[rows, :, input_pos] = to_fp8(v_BTKD)
 
     def read(self, B: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """k and v of the first B rows and n slots, [B, K, n, D] each: only these are read, however many there are."""
@@ -249,6 +248,11 @@ def masked_attention(q_BHTD, k_BKSD, v_BKSD, mask_BTS, scale: float, softcap: fl
     return y.reshape(B, H, T, D)  # some of CUDA's kernels return other strides
 
 
+def flash_attends(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> bool:
+    """Whether flash attention is there for these: on a GPU, in half precision. It is twice as fast as under a mask."""
+    return can_use_flash_attention(SDPAParams(q_BHTD, k_BKSD, v_BKSD, None, 0.0, False, True))
+
+
 class Attention(nn.Module):
     """RoPE, the KV write and causal attention: everything between the QKV and the output projection.
 
@@ -269,10 +273,10 @@ class Attention(nn.Module):
         distance = input_pos_BT[:, :, None] - slots_S
         return distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
 
-    def forward(self, qkv: Tensor, rope, input_pos: Tensor, slots: Tensor | None) -> Tensor:
+    def forward(self, qkv: Tensor, rope, input_pos: Tensor, slots: Tensor | int | None) -> Tensor:
         """qkv [B, T, (H + 2K) D] -> [B, T, H D]. `slots` are the cache slots to attend to; None: no cache.
 
-        No slots at all, slots[:0]: the T tokens are a context's first, in order, and attend to one another only.
+        A number instead: so many tokens of every row precede these T, which are in order.
         """
         B, T = qkv.shape[:2]
         heads = qkv.view(B, T, -1, self.head_dim)
@@ -282,15 +286,17 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
         q = q.transpose(1, 2)
-        if slots is not None:
-            k, v = self.cache.update(input_pos, k, v)
-        return self.attended(q, k.transpose(1, 2), v.transpose(1, 2), input_pos, slots)
+        if slots is None:
+            y = self.causal(q, k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+            return y.reshape(B, T, -1)
+        self.cache.update(input_pos, k, v)
+        return self.attended(q, input_pos, slots)
 
-    def attended(self, q: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, input_pos: Tensor, slots: Tensor | None) -> Tensor:
-        """Rotated queries [B, H, T, D] over the cache, or where `slots` are none over k and v -> [B, T, H D]."""
+    def attended(self, q: Tensor, input_pos: Tensor, slots: Tensor | int) -> Tensor:
+        """Rotated queries [B, H, T, D], whose keys and values are in the cache, over that -> [B, T, H D]."""
         B, _, T, _ = q.shape
-        if slots is None or slots.shape[0] == 0:
-            y = self.causal(q, k_BKTD, v_BKTD)
+        if isinstance(slots, int):
+            y = self.causal(q, *self.cache.read(B, slots + T, q.dtype))
         else:
             k, v = self.cache.read(B, slots.shape[0], q.dtype)
             y = torch.cat(
@@ -302,21 +308,25 @@ class Attention(nn.Module):
             )
         return y.transpose(1, 2).reshape(B, T, -1)
 
-    def causal(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-        """Plain causal attention over the T tokens at hand, for training and perplexity."""
-        T = q_BHTD.shape[2]
-        if self.softcap is None and (self.window is None or self.window >= T):
-            return F.scaled_dot_product_attention(
-                q_BHTD, k_BKTD, v_BKTD, is_causal=True, scale=self.scale, enable_gqa=True
-            )
-        pos = torch.arange(T, device=q_BHTD.device)
+    def causal(self, q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
+        """Plain causal attention of the last T of S tokens -> [B, H, T, D]: training, perplexity, prompts."""
+        T, S = q_BHTD.shape[2], k_BKSD.shape[2]
+        if self.softcap is None and (self.window is None or self.window >= S):
+            attend = functools.partial(F.scaled_dot_product_attention, scale=self.scale, enable_gqa=True)
+            if T == S:
+                return attend(q_BHTD, k_BKSD, v_BKSD, is_causal=True)
+            if flash_attends(q_BHTD, k_BKSD, v_BKSD):
+                from torch.nn.attention.bias import causal_lower_right  # imports a compiler: a second of every start
+
+                return attend(q_BHTD, k_BKSD, v_BKSD, causal_lower_right(T, S))
+        pos, past = torch.arange(S, device=q_BHTD.device), S - T
         blocks = []
-        for start in range(0, T, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, T)
+        for start in range(past, S, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, S)
             first = 0 if self.window is None else max(0, start - self.window + 1)
             mask = self.mask(pos[None, start:stop], pos[first:stop]).expand(q_BHTD.shape[0], -1, -1)
-            keys, values = k_BKTD[:, :, first:stop], v_BKTD[:, :, first:stop]
-            blocks.append(masked_attention(q_BHTD[:, :, start:stop], keys, values, mask, self.scale, self.softcap))
+            q, k, v = q_BHTD[:, :, start - past : stop - past], k_BKSD[:, :, first:stop], v_BKSD[:, :, first:stop]
+            blocks.append(masked_attention(q, k, v, mask, self.scale, self.softcap))
         return torch.cat(blocks, dim=2)
 
 
@@ -432,7 +442,7 @@ class Block(nn.Module):
             self.down = LinearResidual(args, args.hidden_dim, args.mlp_bias)
         self.is_moe = bool(args.n_experts)
 
-    def forward(self, x: Tensor, rope, input_pos: Tensor, slots: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope, input_pos: Tensor, slots: Tensor | int | None) -> Tensor:
         y = self.attention(self.qkv(x), rope, input_pos, slots)
         x = self.out(y, x)
         return self.moe(x) if self.is_moe else self.down(self.gate_up(x), x)
@@ -497,13 +507,13 @@ class Transformer(nn.Module):
         rope = self.rope(pos)
         return x, rope, rope if self.rope_local is None else self.rope_local(pos)
 
-    def features(self, tokens: Tensor, input_pos: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+    def features(self, tokens: Tensor, input_pos: Tensor | None = None, slots: Tensor | int | None = None) -> Tensor:
         """tokens int [B, T] -> the last layer's hidden states [B, T, C], before the final norm, which `head` has.
 
         input_pos int [B, T]: each row's own positions; keys and values go to those cache slots. None: no cache,
         plain causal over the T tokens. slots int [S']: the cache slots to attend to, 0 ... S' - 1, at least up to
-        the largest position; None: all that are allocated. Fewer slots, less to read; none at all where the tokens
-        are at positions 0 ... T - 1 of every row, and so have only one another to attend to.
+        the largest position; None: all that are allocated. Fewer slots, less to read. Where the tokens are at
+        positions n, n + 1, ... of every row, as those of a prompt are, the number n will do: attention needs no mask.
         """
         if input_pos is None:
             pos = torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -511,7 +521,7 @@ class Transformer(nn.Module):
             pos, slots = input_pos, self.slots if slots is None else slots
         return self.run_layers(*self.embed(tokens, pos), pos, slots)
 
-    def run_layers(self, x: Tensor, rope, rope_local, pos: Tensor, slots: Tensor | None) -> Tensor:
+    def run_layers(self, x: Tensor, rope, rope_local, pos: Tensor, slots: Tensor | int | None) -> Tensor:
         """All layers, of what `embed` returns: [B, T, C] -> [B, T, C]."""
         for layer in self.layers:
             x = layer(x, rope if layer.attention.window is None else rope_local, pos, slots)
@@ -527,6 +537,6 @@ class Transformer(nn.Module):
         cap = self.args.logit_softcap
         return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
 
-    def forward(self, tokens: Tensor, input_pos: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, input_pos: Tensor | None = None, slots: Tensor | int | None = None) -> Tensor:
         """Logits [B, T, V] of tokens [B, T]; arguments as in `features`."""
         return self.logits(self.features(tokens, input_pos, slots))

@@ -522,8 +522,8 @@ else:
             model.setup_caches(2, 35, kv_dtype)
         tokens, pos = torch.randint(0, 99, (2, 35), device=DEVICE), torch.arange(35, device=DEVICE).expand(2, -1)
         ragged = torch.minimum(pos, torch.tensor([[34], [9]], device=DEVICE))  # a row that repeats its last token
-        # a context's first tokens, which look at no slots; later ones
-        for p, start, slots in [(pos, 0, plain.slots[:0]), (pos, 2, plain.slots), (ragged, 0, plain.slots)]:
+        # a context's first tokens, and later ones, with the number that precedes them or slots to look at
+        for p, start, slots in [(pos, 0, 0), (pos, 2, 2), (pos, 2, plain.slots), (ragged, 0, plain.slots)]:
             inputs = tokens.gather(1, p)[:, start:], p[:, start:], slots
             assert relative(fused(*inputs), plain(*inputs)) < (1e-2 if kv_dtype else 5e-6)  # roundings may flip
             k, expected = (model.layers[0].attention.cache.read(2, 35, torch.float32)[0] for model in (fused, plain))
