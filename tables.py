@@ -31,14 +31,14 @@ def decode_table(rows: list[dict]) -> str:
     same = ("device", "model", "mode", "batch", "prompt_tokens", "new_tokens")
     rows = [r for r in rows if not r.get("kind") and r.get("ranks", 1) == 1]
     latest = {(*(r[k] for k in same), r["compile_s"] is None): r for r in rows}
-    header = ("model | mode | batch | tokens in + out | GB of weights | tok/s | step ms | % of read bandwidth | "
-              "first token ms | compile s | commit | torch | date")  # fmt: skip
+    header = ("model | mode | batch | tokens in + out | GB of weights | peak GB | tok/s | step ms | "
+              "% of read bandwidth | first token ms | compile s | commit | torch | date")  # fmt: skip
     parts = []
     for device in sorted({key[0] for key in latest}):
         lines = [
             cells(r["model"], r["mode"], r["batch"], f"{r['prompt_tokens']} + {r['new_tokens']}",
-                  (r["weights_gb"], ".2f"), (r["tok_s"], ",.1f"), (r["decode_step_ms"], ".3f"),
-                  (r["percent_of_peak_bandwidth"], ".0f"), (1e3 * r["ttft_s"], ",.1f"),
+                  (r["weights_gb"], ".2f"), (r.get("peak_memory_gb"), ".2f"), (r["tok_s"], ",.1f"),
+                  (r["decode_step_ms"], ".3f"), (r["percent_of_peak_bandwidth"], ".0f"), (1e3 * r["ttft_s"], ",.1f"),
                   "eager" if r["compile_s"] is None else (r["compile_s"], ".0f"), r["commit"], r["torch"], r["date"])
             for key, r in sorted(latest.items(), key=lambda pair: pair[0]) if key[0] == device
         ]  # fmt: skip
