@@ -134,7 +134,8 @@ def test_continuous_integration_runs_the_command_of_the_readme():
 # ----------------------------------------------------------------------------------------- the generator of tables
 SPEED = {"model": "m", "mode": "int8", "batch": 1, "prompt_tokens": 5, "new_tokens": 200, "weights_gb": 6.6142,
          "tok_s": 1234.56, "decode_step_ms": 0.8001, "percent_of_peak_bandwidth": 66.4, "ttft_s": 0.0123,
-         "compile_s": 20.4, "commit": "abc1234", "torch": "2.13.0", "date": "2026-01-01", "device": "GPU"}  # fmt: skip
+         "compile_s": 20.4, "commit": "abc1234", "torch": "2.13.0", "date": "2026-01-01", "device": "GPU",
+         "peak_memory_gb": 8.216}  # fmt: skip
 PERPLEXITY = {"kind": "perplexity", "model": "m", "mode": "bf16", "size_mb": 13.9, "perplexity": 8.0,
               "date": "2026-01-01"}  # fmt: skip
 EMPTY = "# T\n<!-- table:decode -->\nold\n<!-- end -->\nkept\n<!-- table:perplexity -->\n<!-- end -->\n"
@@ -157,11 +158,11 @@ def test_no_rows_make_no_table(tmp_path):
 
 def test_decode_table_shows_the_latest_row_of_each_kind():
     rows = [{**SPEED, "tok_s": 1.0}, {**SPEED, "mode": "bfloat16"}, SPEED, *({**SPEED, "batch": b} for b in (16, 2)),
-            {**SPEED, "device": "CPU", "compile_s": None, "percent_of_peak_bandwidth": None},
+            {**SPEED, "device": "CPU", "compile_s": None, "percent_of_peak_bandwidth": None, "peak_memory_gb": None},
             {**SPEED, "prompt_tokens": 8192}]  # fmt: skip
     cpu, gpu = body(rows, "decode").split("\n\n**GPU**\n\n")
     assert cpu.startswith("**CPU**\n\n| model | mode | batch |") and cpu.endswith(
-        "\n| m | int8 | 1 | 5 + 200 | 6.61 | 1,234.6 | 0.800 |  | 12.3 | eager | abc1234 | 2.13.0 | 2026-01-01 |"
+        "\n| m | int8 | 1 | 5 + 200 | 6.61 |  | 1,234.6 | 0.800 |  | 12.3 | eager | abc1234 | 2.13.0 | 2026-01-01 |"
     )
     header, rule, *lines = gpu.splitlines()
     assert header.count("|") == rule.count("|") == lines[0].count("|")
