@@ -59,13 +59,13 @@ def test_a_fast_wrong_step_does_not_count(off, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, kv_dtype", [(torch.bfloat16, None), (torch.bfloat16, "fp8"), (torch.float32, "fp8")])
-@pytest.mark.parametrize("layers", [6, 60])
-def test_rounding_counts_for_what_it_is(dtype, kv_dtype, layers):
-    """What is right of a deep model, or of one with an fp8 cache, would be wrong of another."""
+@pytest.mark.parametrize("layers, more", [(6, {}), (60, {}), (20, dict(n_experts=8, n_experts_per_token=2))], ids=str)
+def test_rounding_counts_for_what_it_is(dtype, kv_dtype, layers, more):
+    """What is right of a deep model, of experts or of an fp8 cache would be wrong of others."""
     torch.manual_seed(0)
-    args = benchmark._shape(128, layers, 4, 2, 256, 300, 512, head_dim=32)
+    args = benchmark._shape(128, layers, 4, 2, 256, 300, 512, head_dim=32, **more)
     weights = benchmark.random_weights(args, "cpu", dtype)
-    wide = ((name, t * (1 if name.endswith("norm.weight") else 4)) for name, t in weights)  # what a layer adds counts
+    wide = ((name, t * (1 if "norm" in name or "emb" in name else 4)) for name, t in weights)  # layers count
     model = benchmark.build_model(args, wide, "cpu", dtype)
     model.setup_caches(1, 1, kv_dtype)
     settings = dict(prompt_tokens=9, new_tokens=20, batch=2, compile=False, runs=1)
