@@ -101,7 +101,7 @@ def read_bandwidth(device: torch.device, gigabytes: float | None = None) -> floa
 
 
 def forget_peak(device: torch.device) -> None:
-    """Free what is unused on a GPU; from here on the most memory held counts anew, but on systems other than Linux."""
+    """Free what is unused on a GPU. From here on the most memory held counts anew: a GPU's, or a process's on Linux."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -226,9 +226,9 @@ def measure(
     if checked:
         best = 1 if temperature == 0 else top_k or model.args.vocab_size
         figures |= compare(model, prompts, torch.stack(columns, 1), best)
-        most = 2 * figures["rounding_error"] + 1e-4  # float32 has no other error than the order of its sums
-        most_unlikely = min(0.1 + figures["rounding_error"], 0.9)
-        if figures["logits_error"] > most or figures["unlikely"] > most_unlikely:
+        most = min(1.5 * figures["rounding_error"] + 1e-4, 0.9)  # float32: sums in another order; 1: nothing in common
+        most_unlikely = 0.05 + most / 3
+        if not (figures["logits_error"] <= most and figures["unlikely"] <= most_unlikely):  # nor what is not a number
             raise ValueError(
                 f"what was measured is wrong, and does not count: logits are off by {figures['logits_error']:.2%} "
                 f"(limit {most:.2%}), {figures['unlikely']:.0%} of the tokens are unlikely (limit {most_unlikely:.0%})"
@@ -241,21 +241,22 @@ MANY, STEPS = 128, 8
 
 @contextlib.contextmanager
 def rounding(model: Transformer) -> Iterator[None]:
-    """Inside, each layer's output is off at random by one eps of its dtype, and what enters attention by a quarter of
-    the KV cache's: about twice what rounding does on the way through a layer, and as much as it does to an fp8 cache.
+    """Inside, each layer's output is off by noise of one eps of its dtype, what enters attention by a quarter of the KV
+    cache's: the same noise at each use, and one to two times what all the roundings in a layer amount to.
     """
+    device, hooks = model.tok_embeddings.weight.device, []
+    noise = torch.Generator(device).manual_seed(0)
 
     def off(x: Tensor, eps: float) -> Tensor:
-        return (x.float() * (1 + eps * torch.randn(x.shape, device=x.device))).to(x.dtype)
+        return (x.float() * (1 + eps * torch.randn(x.shape, device=device, generator=noise))).to(x.dtype)
 
-    hooks = []
-    for layer in model.layers:
-        cache = torch.finfo(layer.attention.cache.k.dtype)
-        hooks += [
-            layer.register_forward_hook(lambda _, inputs, y: off(y, torch.finfo(y.dtype).eps)),
-            layer.attention.register_forward_pre_hook(lambda _, x, eps=cache.eps / 4: (off(x[0], eps), *x[1:])),
-        ]
     try:
+        for layer in model.layers:
+            cache = torch.finfo(layer.attention.cache.k.dtype)
+            hooks += [
+                layer.register_forward_hook(lambda _, inputs, y: off(y, torch.finfo(y.dtype).eps)),
+                layer.attention.register_forward_pre_hook(lambda _, x, eps=cache.eps / 4: (off(x[0], eps), *x[1:])),
+            ]
         yield
     finally:
         for hook in hooks:
@@ -267,10 +268,11 @@ def compare(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: i
     """Tokens drawn after prompts, int [B, n] with n > 1, and the cache that this has left, against a reference.
 
     logits_error: how far steps' logits at the last positions are from the reference's, as a share of their spread; not
-    counting what all tokens have in common. rounding_error: how far off the reference's own are under `rounding`: of
-    80 layers with random weights ten times as far as of 16 trained ones. unlikely: share of tokens beyond the 2 best +
-    8 likeliest, `best` being from how many they were drawn; of logits off by a fifth of their spread that is 1 to 7%,
-    by half a quarter, and nearly all if they have nothing to do with them.
+    counting what all tokens have in common, and the median, since rounding may choose another expert at some.
+    rounding_error: how far off the reference's own are under `rounding`: of 80 layers with random weights ten times as
+    far as of 16 trained ones. Both are NaN where logits are. unlikely: share of tokens beyond the 2 best + 8 likeliest,
+    `best` being from how many they were drawn; of logits off by a fifth of their spread that is 1 to 7%, by half a
+    quarter, and nearly all if they have nothing to do with them.
     The reference is the model without a cache, of all positions at once, and so many that no kernel for few rows runs:
     libraries multiply matrices and attend, and nothing is compiled.
     """
@@ -283,8 +285,8 @@ def compare(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: i
     last = range(T - 1 - min(n, STEPS), T - 1)
     pos = torch.arange(T, device=device).expand(len(tokens), -1)
     at = [(tokens[:, p : p + 1], pos[:, p : p + 1], slots_for(model, p + 1)) for p in last]
-    step = torch.cat([model(*one) for one in at], 1)
-    unlikely, off, size, rounded = 0, 0.0, 0.0, torch.zeros((), device=device)
+    step = torch.cat([model(*one) for one in at[::-1]][::-1], 1)  # the last first: each reads what the run has written
+    unlikely, errors, rounded = 0, [], []
     for row, ours in zip(tokens, step, strict=True):
         padded = F.pad(row, (0, max(0, MANY - T)))
         begin = min(first, len(padded) - MANY)
@@ -294,15 +296,14 @@ def compare(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: i
 
         logits = reference()
         with rounding(model):
-            rounded += (reference() - logits).var(-1).mean() / logits.var(-1).mean() / len(tokens)
+            rounded.append((reference() - logits).std(-1) / logits.std(-1))
         rank = (logits > logits.gather(1, row[first + 1 :, None])).sum(1)
         unlikely += int((rank >= 2 * best + 8).sum())
-        off += (ours.float() - logits[-len(last) :]).var(-1).mean()
-        size += logits[-len(last) :].var(-1).mean()
+        errors.append((ours.float() - logits[-len(last) :]).std(-1) / logits[-len(last) :].std(-1))
     if local is not None:
         model.logits.local = local
-    errors = {"logits_error": float((off / size).sqrt()), "rounding_error": float(rounded.sqrt())}
-    return errors | {"unlikely": unlikely / drawn.numel()}
+    return {"logits_error": float(torch.cat(errors).median()), "rounding_error": float(torch.cat(rounded).median()),
+            "unlikely": unlikely / drawn.numel()}  # fmt: skip
 
 
 def record(row: dict) -> None:

@@ -88,6 +88,8 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory held so far: on the GPU where there is one, else by the process. GB = 10^9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    with contextlib.suppress(OSError, ValueError, IndexError):  # Linux; what getrusage tells may be the parent's
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

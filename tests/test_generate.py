@@ -24,10 +24,12 @@ from generate import (  # noqa: E402
     compile_decode,
     complete,
     generate,
+    prefill,
     sample,
     slots_for,
     warm_up,
 )
+from graphs import GraphedPrefill  # noqa: E402
 from model import QUERY_BLOCK, flash_attends, from_fp8, pick_kv_dtype, to_fp8  # noqa: E402
 from sampling import exponential, probabilities  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -274,6 +276,19 @@ def check_later_chunk(model, dtype: torch.dtype, kv_dtype: str | None, bound: fl
 def test_a_later_chunk_needs_no_mask(tiny, changes, kv_dtype):
     model = tiny(n_heads=4, n_kv_heads=2, **changes)
     assert not flash_attends(*check_later_chunk(model, torch.float32, kv_dtype, 1e-5))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start, T", [(0, 16), (0, 5), (0, 13), (40, 16), (40, 13)])
+def test_short_chunks_in_order_before_they_are_captured(tiny, start, T, monkeypatch):
+    """As who captures them sees them: filled up to a size that others have, and looking at slots."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    ids, pos = torch.tensor([tokens(60), tokens(60, seed=1)]), torch.arange(60).expand(2, -1)
+    model, chunk = tiny(), slice(start, start + T)
+    model.setup_caches(2, 100)
+    model(ids[:, :40], pos[:, :40], 0)
+    out = GraphedPrefill(prefill)(model, ids[:, chunk], pos[:, chunk], start)
+    torch.testing.assert_close(out, tiny()(ids[:, : start + T])[:, -1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu

@@ -736,7 +736,10 @@ def test_what_is_left_is_found():
     """A process in a session of its own: `torchrun` above would tell of it."""
     mark = secrets.token_hex(16)
     with subprocess.Popen(["sleep", "60"], env=os.environ | {"TEST_JOB": mark}, start_new_session=True) as process:
-        assert end_left(mark) == [process.pid] and process.wait() == -signal.SIGKILL
+        deadline = time.monotonic() + 20
+        while not (left := end_left(mark)) and time.monotonic() < deadline:
+            time.sleep(0.05)  # a program that has just begun may not have its environment yet
+        assert left == [process.pid] and process.wait() == -signal.SIGKILL
 
 
 @needs_proc
