@@ -28,6 +28,7 @@ transformers.logging.disable_progress_bar()
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo"
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_lm_eval = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))),
     reason="lm-eval's Hugging Face model is not installed: pip install 'lm-eval[hf]'",

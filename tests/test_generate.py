@@ -35,6 +35,7 @@ from sampling import exponential, probabilities  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 DEMO = Path(__file__).parents[1] / "demo"
+pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parent / "golden.json"
 GOLDEN_PROMPTS = ["def fibonacci(n):", "import os\nimport sys\n", "class Queue:\n    def __init__(self"]
 
@@ -467,15 +468,6 @@ def test_fp8_round_trip(dtype):
     assert torch.equal(y[100:103], x[100:103])  # what is as large as the largest is kept, and zeros
 
 
-@pytest.fixture
-def alone():
-    """One thread: models so small wait for the others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def fp8_caches(model, batch: int = 1, length: int = 1200):
     model.setup_caches(batch, length, "fp8")
     return model
@@ -493,7 +485,7 @@ def test_fp8_cache_is_half_as_large_and_stays_fp8(tiny):
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=8), dict(attn_softcap=3.0, qk_norm=True)], ids=str)
-def test_fp8_keys_and_values_are_the_same_however_they_come(tiny, changes, alone):
+def test_fp8_keys_and_values_are_the_same_however_they_come(tiny, changes):
     """A prompt at once, before anything is in the cache or through it, in chunks, and step by step: one result."""
     ids, pos = torch.tensor([tokens(60), tokens(60, seed=1)]), torch.arange(60).expand(2, -1)
     plain, results, many = tiny(**changes)(ids), [], [7, 8, 16, 1, 2, 3, 4, 5, 6, 8]
@@ -507,14 +499,14 @@ def test_fp8_keys_and_values_are_the_same_however_they_come(tiny, changes, alone
     assert 1e-3 < (results[0] - plain).norm() / plain.norm() < 0.25  # of random weights, whose logits change easily
 
 
-def test_fp8_ragged_row_equals_that_row_alone(tiny, alone):
+def test_fp8_ragged_row_equals_that_row_alone(tiny):
     prompts = [tokens(n, seed=n) for n in (5, 1, QUERY_BLOCK + 9, 40)]
     together = columns(generate(fp8_caches(tiny()), prompts, 20))
     for prompt, row in zip(prompts, together, strict=True):
         assert columns(generate(fp8_caches(tiny()), [prompt], 20))[0].tolist() == row.tolist()
 
 
-def test_fp8_cache_compiled_and_reused(tiny, alone):
+def test_fp8_cache_compiled_and_reused(tiny):
     model = fp8_caches(tiny(n_layers=1))
     steps = dict(decode=compile_decode(model))
     for length in (40, 5, 70):

@@ -23,6 +23,7 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = str(ROOT / "demo")
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "def add(a, b):\n    return a + b\n\f" + "".join(f"def f{i}(x):\n    return x * {i}\n" for i in range(40))
 RUN = dict(batch_tokens=256, seq_len=32, lr=3e-3, warmup=5, dtype="fp32", tokenizer=DEMO)
 
