@@ -21,6 +21,7 @@ from model import Transformer
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PREFILL, LENGTH, NEW = 33, 45, 64  # windows and original contexts below are shorter than PREFILL
 TOLERANCE = 1e-4  # of the largest logit
@@ -119,8 +120,7 @@ def reference(name: str):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """name -> the directory that transformers' save_pretrained wrote for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a second thread costs such small models more than it gives
+
     @cache
     def save(name: str):
         path = tmp_path_factory.mktemp(name)
@@ -128,7 +128,6 @@ def saved(tmp_path_factory):
         return path
 
     yield save
-    torch.set_num_threads(threads)
     reference.cache_clear()
 
 
