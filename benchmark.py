@@ -26,18 +26,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import eval
 import lifeline
 import quantize
 import tp
+from benchmark_check import check
 from benchmark_speculation import bundled_line, measure_bundled_pair, measure_speculation, speculation_lines
 from checkpoint import build_model, load_model, resolve
 from draft import share_weights
 from generate import compile_decode, compile_prefill, generate, pick_recipe, warm_up, weight_bytes
-from graphs import slots_for
 from kernels import read_sum
 from machine import device_name, peak_memory_gb, pick_device, pick_dtype, remember_bandwidth, seconds, synchronize
 from model import ModelArgs, Transformer, pick_kv_dtype
@@ -165,7 +164,7 @@ def measure(
     """Generate `runs` times from random prompts -> medians: tok_s, decode_step_ms, ttft_s, ...; times in seconds.
 
     very_first_s is that of the run that warms up, in which an eager model may compile its kernels. ValueError where
-    the last run has gone wrong (see `compare`); not checked: runs of one token, speculation, a sampler of one's own.
+    the last run has gone wrong (see `check`); not checked: runs of one token, speculation, a sampler of one's own.
 
     sampler: another than temperature and top_k make. after: called after each run that counts, with the seconds from
     the first token to the last. steps: what else generate() is to be given.
@@ -225,85 +224,8 @@ def measure(
     }
     if checked:
         best = 1 if temperature == 0 else top_k or model.args.vocab_size
-        figures |= compare(model, prompts, torch.stack(columns, 1), best)
-        most = min(1.5 * figures["rounding_error"] + 1e-4, 0.9)  # float32: sums in another order; 1: nothing in common
-        most_unlikely = 0.05 + most / 3
-        if not (figures["logits_error"] <= most and figures["unlikely"] <= most_unlikely):  # nor what is not a number
-            raise ValueError(
-                f"what was measured is wrong, and does not count: logits are off by {figures['logits_error']:.2%} "
-                f"(limit {most:.2%}), {figures['unlikely']:.0%} of the tokens are unlikely (limit {most_unlikely:.0%})"
-            )
+        figures |= check(model, prompts, torch.stack(columns, 1), best)
     return figures
-
-
-MANY, STEPS = 128, 8
-
-
-@contextlib.contextmanager
-def rounding(model: Transformer) -> Iterator[None]:
-    """Inside, each layer's output is off by noise of one eps of its dtype, what enters attention by a quarter of the KV
-    cache's: the same noise at each use, and one to two times what all the roundings in a layer amount to.
-    """
-    device, hooks = model.tok_embeddings.weight.device, []
-    noise = torch.Generator(device).manual_seed(0)
-
-    def off(x: Tensor, eps: float) -> Tensor:
-        return (x.float() * (1 + eps * torch.randn(x.shape, device=device, generator=noise))).to(x.dtype)
-
-    try:
-        for layer in model.layers:
-            cache = torch.finfo(layer.attention.cache.k.dtype)
-            hooks += [
-                layer.register_forward_hook(lambda _, inputs, y: off(y, torch.finfo(y.dtype).eps)),
-                layer.attention.register_forward_pre_hook(lambda _, x, eps=cache.eps / 4: (off(x[0], eps), *x[1:])),
-            ]
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@torch.no_grad()
-def compare(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: int) -> dict:
-    """Tokens drawn after prompts, int [B, n] with n > 1, and the cache that this has left, against a reference.
-
-    logits_error: how far steps' logits at the last positions are from the reference's, as a share of their spread; not
-    counting what all tokens have in common, and the median, since rounding may choose another expert at some.
-    rounding_error: how far off the reference's own are under `rounding`: of 80 layers with random weights ten times as
-    far as of 16 trained ones. Both are NaN where logits are. unlikely: share of tokens beyond the 2 best + 8 likeliest,
-    `best` being from how many they were drawn; of logits off by a fifth of their spread that is 1 to 7%, by half a
-    quarter, and nearly all if they have nothing to do with them.
-    The reference is the model without a cache, of all positions at once, and so many that no kernel for few rows runs:
-    libraries multiply matrices and attend, and nothing is compiled.
-    """
-    device, n = model.tok_embeddings.weight.device, drawn.shape[1]
-    tokens = torch.cat([torch.tensor(prompts), drawn], 1).to(device)
-    first, T = len(prompts[0]) - 1, tokens.shape[1]  # what stands before the first drawn token tells its logits
-    local = getattr(model.logits, "local", None)
-    if local is not None:
-        model.logits.local = False
-    last = range(T - 1 - min(n, STEPS), T - 1)
-    pos = torch.arange(T, device=device).expand(len(tokens), -1)
-    at = [(tokens[:, p : p + 1], pos[:, p : p + 1], slots_for(model, p + 1)) for p in last]
-    step = torch.cat([model(*one) for one in at[::-1]][::-1], 1)  # the last first: each reads what the run has written
-    unlikely, errors, rounded = 0, [], []
-    for row, ours in zip(tokens, step, strict=True):
-        padded = F.pad(row, (0, max(0, MANY - T)))
-        begin = min(first, len(padded) - MANY)
-
-        def reference(padded=padded, begin=begin):
-            return model.logits(model.features(padded[None])[:, begin:])[0, first - begin :][:n].float()
-
-        logits = reference()
-        with rounding(model):
-            rounded.append((reference() - logits).std(-1) / logits.std(-1))
-        rank = (logits > logits.gather(1, row[first + 1 :, None])).sum(1)
-        unlikely += int((rank >= 2 * best + 8).sum())
-        errors.append((ours.float() - logits[-len(last) :]).std(-1) / logits[-len(last) :].std(-1))
-    if local is not None:
-        model.logits.local = local
-    return {"logits_error": float(torch.cat(errors).median()), "rounding_error": float(torch.cat(rounded).median()),
-            "unlikely": unlikely / drawn.numel()}  # fmt: skip
 
 
 def record(row: dict) -> None:

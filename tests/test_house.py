@@ -49,6 +49,7 @@ ALLOWED = {
     ),
     "eval": ({"checkpoint", "tokenizer", "lifeline", "machine", "model"}, set()),
     "train": ({"model", "machine", "checkpoint", "tokenizer"}, set()),
+    "benchmark_check": ({"graphs", "model"}, set()),
     "benchmark_speculation": (
         {"checkpoint", "generate", "graphs", "machine", "model", "quantize", "sampling", "speculative", "tokenizer"},
         set(),
