@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -111,8 +110,8 @@ def forget_peak(device: torch.device) -> None:
 def random_weights(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter, one at a time: normal with std 0.02, norms near their neutral value.
 
-    With experts as GPT-2 begins: an embedding of std 1, and layers whose sum is about as large. Rounding chooses other
-    experts now and then, which would change whatever comes after where all layers weigh the same.
+    With experts, whose choice rounding changes now and then, an embedding of std 1, and layers whose sum is about as
+    large (as GPT-2, Radford et al. 2019): where all layers weigh the same, one change decides whatever comes after.
     """
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in Transformer(args).state_dict().items()}
@@ -122,7 +121,7 @@ def random_weights(args: ModelArgs, device: torch.device, dtype: torch.dtype) ->
         std = 0.02
         if args.n_experts and name == "tok_embeddings.weight":
             std = 1.0
-        if args.n_experts and re.search(r"\.(out|moe\.down)\.", name):
+        if args.n_experts and name.endswith((".out.linear.weight", ".moe.down.weight")):
             std *= (2 * args.n_layers) ** -0.5
         tensor = torch.randn(shape, device=device, dtype=dtype).mul_(std)  # in place: of a head, a copy is a gigabyte
         yield name, tensor + (1 - args.norm_offset) if name.endswith("norm.weight") else tensor

@@ -4,6 +4,9 @@
 
 benchmark.py's part: tokens that a run drew, and the cache that it left, against plain PyTorch in the same process. How
 far off a right run is, rounding tells: logits of a shallow trained model by 1%, of 80 random layers by a quarter.
+
+Shapes: B rows, n tokens drawn, T tokens of prompt and drawn ones, V vocab.
+Sources: Higham, "Accuracy and Stability of Numerical Algorithms", 2.2: a rounding is relative noise of at most eps / 2.
 """
 
 import contextlib
@@ -21,7 +24,7 @@ STEPS = 8  # of a run's last, whose logits are compared
 
 
 def check(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: int) -> dict:
-    """`compare`'s figures; ValueError where they are those of a wrong run."""
+    """`compare`'s figures, of its arguments; ValueError where they are those of a wrong run."""
     figures = compare(model, prompts, drawn, best)
     most = min(1.5 * figures["rounding_error"] + 1e-4, 0.9)  # float32: sums in another order; 1: nothing in common
     most_unlikely = 0.05 + most / 3
@@ -79,7 +82,8 @@ def compare(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: i
     last = range(T - 1 - min(n, STEPS), T - 1)
     pos = torch.arange(T, device=device).expand(len(tokens), -1)
     at = [(tokens[:, p : p + 1], pos[:, p : p + 1], slots_for(model, p + 1)) for p in last]
-    step = torch.cat([model(*one) for one in at[::-1]][::-1], 1)  # the last first: each reads what the run has written
+    # [B, STEPS, V]. The last first, since a step writes its own slot again: each reads what the run has written.
+    step = torch.cat([model(*one) for one in at[::-1]][::-1], 1)
     unlikely, errors, rounded = 0, [], []
     for row, ours in zip(tokens, step, strict=True):
         padded = F.pad(row, (0, max(0, MANY - T)))
@@ -88,7 +92,7 @@ def compare(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: i
         def reference(padded=padded, begin=begin):
             return model.logits(model.features(padded[None])[:, begin:])[0, first - begin :][:n].float()
 
-        logits = reference()
+        logits = reference()  # [n, V]
         with rounding(model):
             rounded.append((reference() - logits).std(-1) / logits.std(-1))
         rank = (logits > logits.gather(1, row[first + 1 :, None])).sum(1)

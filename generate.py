@@ -171,6 +171,7 @@ def fill(model: Transformer, prompts: Sequence[Sequence[int]], start: int = 0, p
     input_pos = torch.minimum(torch.arange(start, longest), lengths - 1)
     size, in_order = PREFILL_CHUNK[device.type], bool((lengths == longest).all())
     for chunk, pos in zip(tokens.split(size, 1), input_pos.split(size, 1), strict=True):
+        # Tokens in order attend without a mask. Rows filled up with repeated tokens are not.
         slots = int(pos[0, 0]) if in_order else slots_for(model, int(pos.max()) + 1)
         logits = prefill(model, chunk.to(device), pos.to(device), slots)
     return logits

@@ -137,7 +137,8 @@ class GraphedPrefill:
         size = T if T <= self.EXACT else 1 << (T - 1).bit_length()
         if size > self.LARGEST:
             return self.prefill(model, tokens, input_pos, slots)
-        if isinstance(slots, int) and (slots or T < size):  # another graph for each number, or not in order any more
+        # By the number that precedes them there would be a graph for each; and filled up they are not in order.
+        if isinstance(slots, int) and (slots or T < size):
             slots = slots_for(model, slots + T)
         if T < size:
             repeated = torch.arange(size, device=tokens.device).clamp(max=T - 1)
