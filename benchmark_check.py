@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphs import slots_for
-from model import Transformer
+from model import Transformer, from_fp8, to_fp8
 
 MANY = 128  # rows of x: no kernel for few of them runs
 STEPS = 8  # of a run's last, whose logits are compared
@@ -37,9 +37,25 @@ def check(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: int
 
 
 @contextlib.contextmanager
+def as_cached(model: Transformer) -> Iterator[None]:
+    """Inside, attention without a cache has keys and values as an fp8 one keeps them: that is the mode, no error."""
+    attentions = [layer.attention for layer in model.layers if layer.attention.cache.k_scale is not None]
+    try:
+        for attention in attentions:
+            attention.causal = lambda q, k, v, plain=attention.causal: plain(
+                q, from_fp8(*to_fp8(k), k.dtype), from_fp8(*to_fp8(v), v.dtype)
+            )
+        yield
+    finally:
+        for attention in attentions:
+            del attention.causal
+
+
+@contextlib.contextmanager
 def rounding(model: Transformer) -> Iterator[None]:
     """Inside, each layer's output is off by noise of one eps of its dtype, what enters attention by a quarter of the KV
-    cache's: the same noise at each use, and one to two times what all the roundings in a layer amount to.
+    cache's (of fp8 by bf16's: `as_cached`, it is enough that some then round the other way): the same noise at each
+    use, and one to two times what all the roundings in a layer amount to.
     """
     device, hooks = model.tok_embeddings.weight.device, []
     noise = torch.Generator(device).manual_seed(0)
@@ -49,10 +65,10 @@ def rounding(model: Transformer) -> Iterator[None]:
 
     try:
         for layer in model.layers:
-            cache = torch.finfo(layer.attention.cache.k.dtype)
+            cache = min(torch.finfo(layer.attention.cache.k.dtype).eps, torch.finfo(torch.bfloat16).eps)
             hooks += [
                 layer.register_forward_hook(lambda _, inputs, y: off(y, torch.finfo(y.dtype).eps)),
-                layer.attention.register_forward_pre_hook(lambda _, x, eps=cache.eps / 4: (off(x[0], eps), *x[1:])),
+                layer.attention.register_forward_pre_hook(lambda _, x, eps=cache / 4: (off(x[0], eps), *x[1:])),
             ]
         yield
     finally:
@@ -70,7 +86,7 @@ def compare(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: i
     far as of 16 trained ones. Both are NaN where logits are. unlikely: share of tokens beyond the 2 best + 8 likeliest,
     `best` being from how many they were drawn; of logits off by a fifth of their spread that is 1 to 7%, by half a
     quarter, and nearly all if they have nothing to do with them.
-    The reference is the model without a cache, of all positions at once, and so many that no kernel for few rows runs:
+    The reference is the model without a cache (`as_cached`), of all positions at once, and so many that no kernel for few rows runs:
     libraries multiply matrices and attend, and nothing is compiled.
     """
     device, n = model.tok_embeddings.weight.device, drawn.shape[1]
@@ -92,9 +108,10 @@ def compare(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: i
         def reference(padded=padded, begin=begin):
             return model.logits(model.features(padded[None])[:, begin:])[0, first - begin :][:n].float()
 
-        logits = reference()  # [n, V]
-        with rounding(model):
-            rounded.append((reference() - logits).std(-1) / logits.std(-1))
+        with as_cached(model):
+            logits = reference()  # [n, V]
+            with rounding(model):
+                rounded.append((reference() - logits).std(-1) / logits.std(-1))
         rank = (logits > logits.gather(1, row[first + 1 :, None])).sum(1)
         unlikely += int((rank >= 2 * best + 8).sum())
         errors.append((ours.float() - logits[-len(last) :]).std(-1) / logits[-len(last) :].std(-1))

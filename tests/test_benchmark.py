@@ -83,9 +83,10 @@ def test_rounding_counts_for_what_it_is(dtype, kv_dtype, layers, more):
     settings = dict(prompt_tokens=9, new_tokens=20, batch=2, compile=False, runs=1)
     right = benchmark.measure(model, **settings)
     assert 0 < right["logits_error"] < 1.2 * right["rounding_error"]
+    assert dtype != torch.float32 or right["logits_error"] < 0.005  # the reference rounds keys to fp8, too
     for layer in model.layers:
         layer.attention.attended = lambda q, *rest, attended=layer.attention.attended: (
-            attended(q, *rest) * (0 if q.shape[2] == 1 else 1)
+            attended(q, *rest) * (0.5 if q.shape[2] == 1 else 1)
         )
     with pytest.raises(ValueError, match="does not count: logits are off"):
         benchmark.measure(model, **settings)
