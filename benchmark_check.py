@@ -86,8 +86,8 @@ def compare(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: i
     far as of 16 trained ones. Both are NaN where logits are. unlikely: share of tokens beyond the 2 best + 8 likeliest,
     `best` being from how many they were drawn; of logits off by a fifth of their spread that is 1 to 7%, by half a
     quarter, and nearly all if they have nothing to do with them.
-    The reference is the model without a cache (`as_cached`), of all positions at once, and so many that no kernel for few rows runs:
-    libraries multiply matrices and attend, and nothing is compiled.
+    The reference is the model without a cache (`as_cached`), of all positions at once, and so many that no kernel for
+    few rows runs: libraries multiply matrices and attend, and nothing is compiled.
     """
     device, n = model.tok_embeddings.weight.device, drawn.shape[1]
     tokens = torch.cat([torch.tensor(prompts), drawn], 1).to(device)

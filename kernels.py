@@ -4,6 +4,8 @@
                 RMSNorm before it and bias, gate or residual add after it in the same kernel
     attend      a few new tokens a row: RoPE, the write to the KV cache, and attention split over the context
     layers      for a compiler, all layers of a model for a few new tokens: one operator that calls the above
+    route, experts, weighted
+                a mixture of experts for few rows, without asking the host which
     top_k       the k largest of each row of logits, sorted, with their ids
     embed       what the first layer takes: tokens' rows of the embedding, and the angles of their positions
     rms_norm, gated, rotated_queries, dequantized
@@ -12,9 +14,10 @@
 
 `fuse(model)` swaps modules that use them into the five seams of a model's layers, and makes the model one of a class
 with `FusedModel`. The kernels are in files by job, each beside its plain PyTorch reference: kernels_linear.py,
-kernels_attend.py, kernels_one_pass.py and kernels_top_k.py in Triton, some of them again, for GPUs since Hopper, in
-kernels_cuda.py. Triton is imported when a kernel is first wanted, so that a machine without it can import these files;
-there, and on a CPU, the references run. Under TRITON_INTERPRET=1 the kernels run on the CPU, for tests.
+kernels_experts.py, kernels_attend.py, kernels_one_pass.py and kernels_top_k.py in Triton, some of them again, for GPUs
+since Hopper, in kernels_cuda.py. Triton is imported when a kernel is first wanted, so that a machine without it can
+import these files; there, and on a CPU, the references run. Under TRITON_INTERPRET=1 the kernels run on the CPU, for
+tests.
 
 Try it:  TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py
 
@@ -35,12 +38,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels_attend
+import kernels_experts
 import kernels_linear
 import kernels_one_pass
 import kernels_top_k
 from kernels_attend import ATTEND_ROWS, embed_reference, rotated_queries_reference
-from kernels_linear import linear_reference
+from kernels_experts import experts_reference, route_reference, weighted_reference
+from kernels_linear import fits_gemv, linear_reference
 from kernels_one_pass import (  # noqa: F401 (also what others take from here)
+    KINDS,
     activate,
     dequantize,
     dequantized_reference,
@@ -314,6 +320,27 @@ class FusedLinearResidual(nn.Module):
         return z if self.all_reduce is None else self.all_reduce(z)
 
 
+class FusedMoE(nn.Module):
+    """norm -> router -> the best experts, each by one kernel for gate and up and one for down -> their weighted sum and
+    the residual, for few rows. Made from model.MoE, or from tp.ReducedMoE."""
+
+    def __init__(self, plain: nn.Module, activation: str):
+        self.__dict__ = plain.__dict__  # one state, two forwards
+        self.any_rows, self.name, self.all_reduce = plain.forward, activation, getattr(plain, "all_reduce", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not few_rows(x) or not use_triton(x):
+            return self.any_rows(x)
+        n, operators = self.norm, torch.ops.hotloop
+        logits = operators.linear(x, self.router.weight, None, None, n.weight, None, n.eps, n.offset, "")
+        weight, expert = operators.route(logits.flatten(0, -2), self.top, self.norm_weights)
+        y = operators.experts(x, *stored(self.gate_up), expert, n.weight, n.eps, n.offset, self.name)
+        y = operators.experts(y, *stored(self.down), expert, None, 0.0, 0.0, "")
+        if self.all_reduce is None:
+            return operators.weighted(y, weight, x)
+        return x + self.all_reduce(operators.weighted(y, weight, None)).view_as(x)
+
+
 class FusedAttention(nn.Module):
     """model.Attention in one kernel for a few new tokens a row, at positions that follow one another (the last may be
     repeated). For more of them, one kernel for all that comes before attention itself; without a cache, the plain one.
@@ -406,8 +433,8 @@ def fuse(model: nn.Module) -> None:
     """Swap the kernels' modules into the five seams of every layer, and what comes before and after them, of a model on
     a GPU, whose class changes too.
 
-    Where Triton or a new enough GPU is missing, or a layer has something the kernels lack (a norm on the branch,
-    experts), the plain modules stay. Parameters are shared, and so state dict names do not change.
+    Where Triton or a new enough GPU is missing, or a layer has something the kernels lack (a norm on the branch), the
+    plain modules stay. Parameters are shared, and so state dict names do not change.
     """
     if not use_triton(model.tok_embeddings.weight):
         return
@@ -419,7 +446,11 @@ def fuse(model: nn.Module) -> None:
         layer.qkv = FusedNormLinear(layer.qkv)
         if layer.out.post_norm is None:
             layer.out = FusedLinearResidual(layer.out)
-        if not layer.is_moe:
+        if layer.is_moe:
+            stacks = (layer.moe.gate_up, layer.moe.down)
+            if all(fits_gemv(e.in_features, KINDS.get(e.weight.dtype, "float")) for e in stacks):
+                layer.moe = FusedMoE(layer.moe, model.args.activation)
+        else:
             layer.gate_up = FusedNormGateUp(layer.gate_up, model.args.activation)
             if layer.down.post_norm is None:
                 layer.down = FusedLinearResidual(layer.down)
@@ -431,9 +462,9 @@ def fuse(model: nn.Module) -> None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, swap(module))
     model.__class__ = _fused(type(model))
-    branches = [getattr(layer, name, None) for layer in model.layers for name in ("out", "down")]
+    branches = [b for layer in model.layers for b in (layer.out, layer.moe if layer.is_moe else layer.down)]
     model.all_kernels = all(isinstance(layer.attention, FusedAttention) for layer in model.layers) and all(
-        isinstance(b, FusedLinearResidual) and b.all_reduce is None for b in branches
+        isinstance(b, FusedLinearResidual | FusedMoE) and b.all_reduce is None for b in branches
     )
     model.take_number()
 
@@ -450,7 +481,7 @@ def _either(kernel: Callable, reference: Callable) -> Callable:
 @functools.cache
 def _triton() -> torch.library.Library:
     """Import Triton, define the kernels, register the operators; once."""
-    for file in (kernels_one_pass, kernels_linear, kernels_attend, kernels_top_k):
+    for file in (kernels_one_pass, kernels_linear, kernels_experts, kernels_attend, kernels_top_k):
         file.triton_programs()
     library = torch.library.Library("hotloop", "FRAGMENT")
     library.define(
@@ -465,6 +496,12 @@ def _triton() -> torch.library.Library:
     library.define(
         "layers(Tensor x, Tensor[] rope, Tensor[] rope_local, Tensor pos, Tensor(a!) count, int number) -> Tensor"
     )
+    library.define("route(Tensor logits, int top, bool normalized) -> (Tensor, Tensor)")
+    library.define(
+        "experts(Tensor x, Tensor weight, Tensor? scale, Tensor expert, Tensor? norm, float eps, float offset, "
+        "str activation) -> Tensor"
+    )
+    library.define("weighted(Tensor y, Tensor weight, Tensor? residual) -> Tensor")
     library.define("top_k(Tensor logits, int k) -> (Tensor, Tensor)")
     library.define(
         "embed(Tensor tokens, Tensor weight, int start, float scale, Tensor pos, Tensor[] inv_freq, float[] factors) "
@@ -482,6 +519,9 @@ def _triton() -> torch.library.Library:
         "linear": _linear,
         "attend": _attend,
         "layers": _layers,
+        "route": _either(kernels_experts.route, route_reference),
+        "experts": _either(kernels_experts.experts, experts_reference),
+        "weighted": _either(kernels_experts.weighted, weighted_reference),
         "top_k": _either(kernels_top_k.top_k, torch.topk),
         "embed": _either(kernels_attend.embed, embed_reference),
         "rms_norm": _either(kernels_one_pass.rms_norm, rms_norm_reference),
@@ -503,6 +543,18 @@ def _triton() -> torch.library.Library:
     @torch.library.register_fake("hotloop::layers", lib=library)
     def layers_shape(x, rope, rope_local, pos, count, number):
         return x.new_empty(x.shape)
+
+    @torch.library.register_fake("hotloop::route", lib=library)
+    def route_shape(logits, top, normalized):
+        return logits.new_empty(len(logits), top), logits.new_empty(len(logits), top, dtype=torch.int64)
+
+    @torch.library.register_fake("hotloop::experts", lib=library)
+    def experts_shape(x, weight, scale, expert, norm, eps, offset, activation):
+        return x.new_empty(expert.numel(), weight.shape[1] // (2 if activation else 1))
+
+    @torch.library.register_fake("hotloop::weighted", lib=library)
+    def weighted_shape(y, weight, residual):
+        return y.new_empty(len(weight), y.shape[1]) if residual is None else residual.new_empty(residual.shape)
 
     @torch.library.register_fake("hotloop::top_k", lib=library)
     def top_k_shape(logits, k):

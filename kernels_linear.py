@@ -59,39 +59,65 @@ def linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> T
     if no_fp8 and M > 1:  # Triton converts fp8 since Ada only
         return linear_reference(x, weight, scale, bias, norm, residual, eps, offset, activation)
     y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
-    group = K // scale.shape[1] if kind == "int4" else 0
-    overlap = overlaps(x.device)
-    settings = dict(KIND=kind, GROUP=group, ACTIVATION=activation, OVERLAP=overlap, launch_pdl=overlap)
-    if M == 1 and K <= max(CONFIGS[kind]) and (kind == "float" or K % 4 == 0):  # in words, and K in registers
-        warps, rows, stages = next(c for limit, c in CONFIGS[kind].items() if limit >= K)
-        rows = max(1, rows // 2) if activation else rows
-        words = weight if kind == "float" else weight.view(torch.int32)
-        packed = x.dtype == torch.bfloat16 and (norm is None or norm.dtype == torch.bfloat16)
-        arguments = (x, words, scale, bias, norm, residual, y, N, K, eps, offset)
-        settings |= dict(
-            EXACT=x.dtype == torch.float32, PACKED=packed, BN=rows, BK=1 << (K - 1).bit_length(), STAGES=stages,
-            num_warps=warps,
-        )  # fmt: skip
-        kernel, tiles, BM = triton_programs().gemv, -(-N // rows), 1
-    else:
-        # float32 has no tensor cores that are exact: tiles are small enough for registers.
-        exact = x.dtype == torch.float32
-        BM, (warps, BN, BK, stages) = 8 if M <= 8 else 16, (4, 32, 64, 2) if exact else SMALL_CONFIGS[M > 8][kind]
-        while 16 < BK >= K:  # Triton 3.6 cannot compile a pipeline of a single step
-            BK //= 2
-        part, count = _workspace(x.device)
-        data = weight.view(torch.uint8) if kind == "fp8" else weight
-        arguments = (x.contiguous(), data, scale, bias, norm, residual, y, part, count, M, N, K, eps, offset)
-        tricks = x.dtype == torch.bfloat16 and x.is_cuda
-        settings |= dict(BM=BM, BN=BN, BK=group or BK, STAGES=stages, TRICKS=tricks, num_warps=warps)
-        kernel, tiles = triton_programs().small, -(-weight.shape[0] // BN) * -(-K // (group or BK))
-    dtypes = [t if t is None else t.dtype for t in (x, bias, norm, residual)]
-    key = (x.device, BM, kind, N, K, group, activation, *dtypes)
-    if key not in _programs:
-        compiled = kernel.warmup(*arguments, **settings, grid=(1,)) if x.is_cuda else None
-        _programs[key] = programs_for(compiled, tiles, x.device)
-    kernel[(_programs[key],)](*arguments, **settings)
+    if M == 1 and fits_gemv(K, kind):
+        gemv(x, weight, scale, bias, norm, residual, y, eps, offset, activation)
+        return y
+    # float32 has no tensor cores that are exact: tiles are small enough for registers.
+    exact = x.dtype == torch.float32
+    BM, (warps, BN, BK, stages) = 8 if M <= 8 else 16, (4, 32, 64, 2) if exact else SMALL_CONFIGS[M > 8][kind]
+    while 16 < BK >= K:  # Triton 3.6 cannot compile a pipeline of a single step
+        BK //= 2
+    group = K // scale.shape[-1] if kind == "int4" else 0
+    part, count = _workspace(x.device)
+    data = weight.view(torch.uint8) if kind == "fp8" else weight
+    tensors = (x.contiguous(), data, scale, bias, norm, residual, y)
+    tricks = x.dtype == torch.bfloat16 and x.is_cuda
+    settings = dict(
+        KIND=kind, GROUP=group, ACTIVATION=activation, BM=BM, BN=BN, BK=group or BK, STAGES=stages, TRICKS=tricks,
+        num_warps=warps,
+    )  # fmt: skip
+    tiles = -(-weight.shape[0] // BN) * -(-K // (group or BK))
+    _launch(triton_programs().small, tensors, (part, count, M, N, K, eps, offset), settings, tiles)
     return y
+
+
+def fits_gemv(K: int, kind: str) -> bool:
+    """Whether `gemv` takes matrices of K columns: it reads them in words, and keeps x in registers."""
+    return K <= max(CONFIGS[kind]) and (kind == "float" or K % 4 == 0)
+
+
+def gemv(x, weight, scale, bias, norm, residual, y, eps, offset, activation, expert: Tensor | None = None) -> None:
+    """`linear` of one row x [..., K], into y [..., N].
+
+    expert: int64, as many as y has rows. weight and scale are then stacks, and row r of y is of matrix expert[r] and of
+    row r of x, or where x has fewer, of the one that serves as many of y as the others.
+    """
+    K, N, R = x.shape[-1], y.shape[-1], y.numel() // y.shape[-1]
+    kind = KINDS.get(weight.dtype, "float")
+    warps, rows, stages = next(c for limit, c in CONFIGS[kind].items() if limit >= K)
+    rows = max(1, rows // 2) if activation else rows
+    words = weight if kind == "float" else weight.view(torch.int32)
+    packed = x.dtype == torch.bfloat16 and (norm is None or norm.dtype == torch.bfloat16)
+    settings = dict(
+        KIND=kind, GROUP=K // scale.shape[-1] if kind == "int4" else 0, ACTIVATION=activation,
+        EXACT=x.dtype == torch.float32, PACKED=packed, BN=rows, BK=1 << (K - 1).bit_length(), STAGES=stages,
+        SHARED=R * K // x.numel(), num_warps=warps,
+    )  # fmt: skip
+    tensors = (x, words, scale, bias, norm, residual, y)
+    _launch(triton_programs().gemv, tensors, (expert, N, K, eps, offset), settings, -(-N // rows), R)
+
+
+def _launch(kernel, tensors: tuple, more: tuple, settings: dict, tiles: int, rows: int = 1) -> None:
+    """As many programs of a kernel as fill the GPU, evenly over the rows that have their own; at most one a tile."""
+    x, _, _, bias, norm, residual, y = tensors
+    overlap = overlaps(x.device)
+    settings |= dict(OVERLAP=overlap, launch_pdl=overlap)
+    dtypes = [t if t is None else t.dtype for t in (x, bias, norm, residual)]
+    key = (kernel, x.device, x.shape[-1], y.shape[-1], tiles, rows, *settings.values(), *dtypes)
+    if key not in _programs:
+        compiled = kernel.warmup(*tensors, *more, **settings, grid=(1,)) if x.is_cuda else None
+        _programs[key] = max(1, programs_for(compiled, tiles * rows, x.device) // rows)
+    kernel[_programs[key], rows](*tensors, *more, **settings)
 
 
 # Of `small`, for up to 8 rows and for 16: warps, rows of W and columns at a time (of int4 a group), pipeline stages.
@@ -218,9 +244,9 @@ def triton_programs() -> SimpleNamespace:
 
     @triton.jit
     def gemv(
-        x, w, scale, bias, norm, residual, y, N, K: tl.constexpr, eps, offset, KIND: tl.constexpr, GROUP: tl.constexpr,
-        ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-        STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+        x, w, scale, bias, norm, residual, y, expert, N, K: tl.constexpr, eps, offset, KIND: tl.constexpr,
+        GROUP: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr,
+        BK: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """One row of x: each program keeps all of it (normalized) in registers and walks over rows of W, BN at a time.
 
@@ -230,11 +256,23 @@ def triton_programs() -> SimpleNamespace:
         what that adds, a multiple of x, is subtracted lane by lane, where it is small (EXACT, for float32 x: before the
         product). Nibbles are multiplied as integers, four to an instruction: the x of each group become integers of
         15 bits (EXACT: 20), relative to the group's largest, and these two or three signed bytes.
+
+        With experts, the grid's second axis are rows of y, each with a matrix of its own; SHARED of them have one row
+        of x. Whose matrix that is may have been found by the kernel before this one.
         """
         R: tl.constexpr = BN * 2 if ACTIVATION != "" else BN
         r = tl.arange(0, R)
         begin = tl.program_id(0) * BN
         inv = 1.0
+        if expert is not None:
+            wait_for_input(OVERLAP)
+            row = tl.program_id(1)
+            first = tl.load(expert + row) * (N * 2 if ACTIVATION != "" else N)  # the first row of its matrix
+            w += first * (K if KIND == "float" else K // 8 if KIND == "int4" else K // 4)
+            if scale is not None:
+                scale += first * (K // GROUP if KIND == "int4" else 1)
+            x += row // SHARED * K
+            y += row * N
         # x: four vectors, or the words of its digits; what to subtract, or the groups' exponents and sums
         if KIND == "float":
             k = tl.arange(0, BK)
@@ -270,7 +308,8 @@ def triton_programs() -> SimpleNamespace:
             else:
                 q = tl.load(w + at[:, None] * (K // 4) + j[None, :], mask=mk[None, :], other=0)
             if n0 == begin:
-                wait_for_input(OVERLAP)
+                if expert is None:
+                    wait_for_input(OVERLAP)
                 if KIND == "float":
                     x0 = tl.load(x + k, mask=mk, other=0.0).to(tl.float32)
                     if norm is not None:

@@ -94,6 +94,8 @@ class QuantLinear(nn.Module):
 
     def one(self, x: Tensor, e: int) -> Tensor:
         """x [N, in] through expert e -> [N, out]."""
+        if kernels.use_triton(x):
+            return kernels.linear(x, self.weight[e], self.scale[e])
         return F.linear(x, self.dequantize_stored(**self.canonical(e)).to(x.dtype))
 
     def shard(self, rows=None, columns=None, bias: bool = True) -> tuple["QuantLinear", dict]:
@@ -245,8 +247,6 @@ class Int4Linear(QuantLinear):
 
     def pack(self):
         if kernels.use_triton(self.weight):
-            if self.n_experts:
-                return
             self.register_buffer("scale_zero", kernels.join_scales(self.scale, self.zero), persistent=False)
             self.scale = self.zero = None
             return
@@ -268,8 +268,8 @@ class Int4Linear(QuantLinear):
         if self.scale is not None:
             return super().canonical(at)
         if self.weight is not None:
-            scale, zero = kernels.split_scales(self.scale_zero)
-            return {"weight": self.weight, "scale": scale, "zero": zero}
+            scale, zero = kernels.split_scales(self.scale_zero[at])
+            return {"weight": self.weight[at], "scale": scale, "zero": zero}
         packed = self.packed[at], self.packed_scales[at]
         rows = [t.flatten(0, -2) for t in packed]
         tensors = kernels_cpu.unpack_int4(*rows, self.groupsize, self.in_features)
@@ -287,7 +287,9 @@ class Int4Linear(QuantLinear):
     def one(self, x, e):
         if self.weight is None and streams(x):
             return kernels_cpu.linear_int4(x, self.packed[e], self.packed_scales[e], self.groupsize)
-        return super().one(x, e)
+        if self.scale is None and self.weight is not None:
+            return kernels.linear(x, self.weight[e], self.scale_zero[e])
+        return F.linear(x, self.dequantize_stored(**self.canonical(e)).to(x.dtype))
 
     def matmul(self, x):
         if self.weight is None:

@@ -525,10 +525,10 @@ class ReducedMoE(nn.Module):
 
     def __init__(self, plain: nn.Module):
         self.__dict__ = plain.__dict__  # one state, another forward
-        self.experts = plain.experts
+        self.experts, self.all_reduce = plain.experts, all_reduce  # also for what takes its place
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + all_reduce(self.experts(x))
+        return x + self.all_reduce(self.experts(x))
 
 
 class ShardedLogits:

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 
 import kernels
 import kernels_attend
+import kernels_experts
 import kernels_top_k
 import model as m
+import quantize
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available()
@@ -444,7 +446,7 @@ else:
         (dict(n_heads=8), 1, 8, True), (dict(n_heads=8), 1, 9, False),
         (dict(qkv_bias=True, qk_norm=True, sliding_window=4, sliding_layers=[True, False], rope_theta=1e6,
               rope_local_theta=1e4), 2, 2, True),
-        (dict(post_norms=True), 2, 1, False), (dict(n_experts=4, n_experts_per_token=2), 2, 1, False),
+        (dict(post_norms=True), 2, 1, False), (dict(n_experts=4, n_experts_per_token=2), 2, 1, True),
         (dict(head_dim=48), 2, 1, False)], ids=str)  # fmt: skip
     def test_a_compiler_sees_the_layers_as_one_operator(changes, B, T, one):
         """Where kernels do all of them, and no rank shares them: of few rows, and few of attention's."""
@@ -506,6 +508,78 @@ else:
         lowerings.pop(torch.ops.hotloop.top_k.default, None)
         torch.compile(model.forward, backend="eager")(torch.zeros(1, 1, dtype=torch.int64, device=DEVICE))
         assert torch.ops.hotloop.top_k.default in lowerings
+
+    # ------------------------------------------------------------------------------------------ mixture of experts
+    @pytest.mark.parametrize("E, top", [(8, 2), (128, 8), (60, 4), (3, 3), (1, 1)])
+    @pytest.mark.parametrize("normalized", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_experts_are_chosen(E, top, normalized, dtype):
+        kernels._triton()
+        logits = torch.stack([torch.randperm(E) for _ in range(5)]).to(DEVICE, dtype) / 16  # no two are equal
+        weight, expert = torch.ops.hotloop.route(logits, top, normalized)
+        expected = kernels_experts.route_reference(logits, top, normalized)
+        assert torch.equal(expert, expected[1]) and weight.dtype == dtype
+        torch.testing.assert_close(weight, expected[0], rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=0)
+
+    def test_experts_of_broken_logits_exist():
+        kernels._triton()
+        logits = torch.full((2, 5), torch.nan, device=DEVICE)
+        logits[1] = 0  # all alike: the first ones
+        weight, expert = torch.ops.hotloop.route(logits, 2, True)
+        assert weight[0].isnan().all() and (expert < 5).all() and (expert >= 0).all()
+        assert expert[1].tolist() == [0, 1] and weight[1].tolist() == [0.5, 0.5]
+
+    @pytest.mark.parametrize("kind, group", KINDS[:4])
+    @pytest.mark.parametrize("N, top", [(1, 2), (1, 8), (3, 2), (5, 1)])
+    def test_each_row_through_its_expert(kind, group, N, top):
+        """As a mixture has them: gate and up of all chosen experts for each token, after a norm; and down for each."""
+        kernels._triton()
+        H, K, each = 37, 384, [stored(kind, 74, 384, group) for _ in range(9)]
+        weight, scale = (None if t[0] is None else torch.stack(t) for t in zip(*each, strict=True))
+        expert = torch.randint(0, 9, (N, top), device=DEVICE)
+        x, y = torch.randn(1, N, K, device=DEVICE) + 0.5, torch.randn(N * top, K, device=DEVICE)
+        dense = torch.stack([kernels.dequantize(*one) for one in each])
+        for *around, rows in ((torch.rand(K, device=DEVICE), 1e-5, 1.0, "silu", x), (None, 0.0, 0.0, "", y)):
+            out = torch.ops.hotloop.experts(rows, weight, scale, expert, *around)
+            assert out.shape == (N * top, H if around[3] else 2 * H)
+            assert relative(out, kernels_experts.experts_reference(rows, dense, None, expert, *around)) < 5e-6
+            assert relative(kernels_experts.experts_reference(rows, weight, scale, expert, *around), out) < 5e-6
+
+    @pytest.mark.parametrize("N, top, C", [(1, 2, 4096), (3, 3, 70), (16, 8, 513)])
+    @pytest.mark.parametrize("residual", [True, False])
+    def test_experts_are_weighted(N, top, C, residual):
+        kernels._triton()
+        y, weight = torch.randn(N * top, C, device=DEVICE), torch.rand(N, top, device=DEVICE)
+        residual = torch.randn(N, 1, C, device=DEVICE) if residual else None
+        z = torch.ops.hotloop.weighted(y, weight, residual)
+        expected = kernels_experts.weighted_reference(y, weight, residual)
+        assert z.shape == expected.shape and relative(z, expected) < 2e-7
+
+    @pytest.mark.parametrize(
+        "mode, shared", [(None, False), ("int8", False), ("fp8", False), ("int4", False), ("int8", True)]
+    )
+    def test_fused_mixture_equals_the_plain_one(mode, shared):
+        """For few rows; for more the plain one runs, and each expert is a linear of its kind. shared: by ranks."""
+        args = m.ModelArgs(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=32, vocab_size=99,
+                           max_seq_len=64, n_experts=5, n_experts_per_token=2)  # fmt: skip
+        plain, fused = (m.Transformer(args).to(DEVICE).eval().requires_grad_(False) for _ in range(2))
+        plain.layers[0].moe.norm.weight += 0.3 * torch.randn(64, device=DEVICE)
+        fused.load_state_dict(plain.state_dict())
+        recipe = mode and quantize.make_recipe(mode, 32 if mode == "int4" else None)
+        for name, linear in quantize.swap_linears(fused.layers[0].moe, recipe).items() if mode else ():
+            weight = plain.layers[0].moe.get_submodule(name).weight
+            linear.load_state_dict(linear.quantize(weight))
+            weight.copy_(linear.dequantize())
+            linear.pack()
+        if shared:
+            fused.layers[0].moe.all_reduce = lambda y: 2 * y
+        kernels.fuse(fused)
+        assert fused.all_kernels == (not shared) and isinstance(fused.layers[0].moe, kernels.FusedMoE)
+        for shape in [(1, 1), (2, 1), (1, 3), (1, 17)] + [(2, 8), (3, 20)] * GPU:
+            x = torch.randn(*shape, 64, device=DEVICE)
+            few = shape[0] * shape[1] <= kernels.SMALL_M
+            expected = x + plain.layers[0].moe.experts(x) * (2 if shared and few else 1)
+            assert relative(fused.layers[0].moe(x), expected) < 5e-6
 
     @pytest.mark.parametrize("family", [{}, dict(qk_norm=True, sliding_window=20), dict(
         post_norms=True, attn_softcap=5.0, norm_offset=1.0, activation="gelu_tanh")], ids=str)  # fmt: skip
