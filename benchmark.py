@@ -80,6 +80,8 @@ SHAPES = {
     "gemma-7b": _shape(3072, 28, 16, 16, 24576, 256000, 8192, head_dim=256, norm_eps=1e-6, norm_offset=1.0,
                        activation="gelu_tanh", embedding_scale=3072**0.5, tie_embeddings=True),
     "mixtral-8x7b": _shape(4096, 32, 32, 8, 14336, 32000, 32768, rope_theta=1e6, n_experts=8, n_experts_per_token=2),
+    "qwen3-30b-a3b": _shape(2048, 48, 32, 4, 768, 151936, 40960, rope_theta=1e6, norm_eps=1e-6, qk_norm=True,
+                            n_experts=128, n_experts_per_token=8),
     "tinyllama-1.1b": _shape(2048, 22, 32, 4, 5632, 32000, 2048, head_dim=64),
 }  # fmt: skip
 
