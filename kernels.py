@@ -326,11 +326,14 @@ class FusedMoE(nn.Module):
 
     def __init__(self, plain: nn.Module, activation: str):
         self.__dict__ = plain.__dict__  # one state, two forwards
-        self.any_rows, self.name, self.all_reduce = plain.forward, activation, getattr(plain, "all_reduce", None)
+        # A function, not a method: that would be a circle, in which all experts stay until gc.collect.
+        self.branch = getattr(plain, "branch", type(plain).experts)
+        self.name, self.all_reduce = activation, getattr(plain, "all_reduce", None)
 
     def forward(self, x: Tensor) -> Tensor:
         if not few_rows(x) or not use_triton(x):
-            return self.any_rows(x)
+            y = self.branch(self, x)
+            return x + (y if self.all_reduce is None else self.all_reduce(y))
         n, operators = self.norm, torch.ops.hotloop
         logits = operators.linear(x, self.router.weight, None, None, n.weight, None, n.eps, n.offset, "")
         weight, expert = operators.route(logits.flatten(0, -2), self.top, self.norm_weights)

@@ -525,10 +525,11 @@ class ReducedMoE(nn.Module):
 
     def __init__(self, plain: nn.Module):
         self.__dict__ = plain.__dict__  # one state, another forward
-        self.experts, self.all_reduce = plain.experts, all_reduce  # also for what takes its place
+        # Also for what takes its place. A function, not a method: that would be a circle, which only gc.collect frees.
+        self.branch, self.all_reduce = type(plain).experts, all_reduce
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.all_reduce(self.experts(x))
+        return x + self.all_reduce(self.branch(self, x))
 
 
 class ShardedLogits:
