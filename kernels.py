@@ -178,6 +178,15 @@ def _attend(qkv, cos, sin, pos, k_cache, v_cache, k_scale, v_scale, count, q_nor
     )  # fmt: skip
 
 
+# --------------------------------------------------------------------------------------------------------- experts
+def _experts(x, weight, scale, expert, norm, eps, offset, activation, early) -> Tensor:
+    """The operator hotloop::experts by the faster kernel."""
+    cuda = _kernels_cuda()
+    faster = cuda and cuda.supports_experts(x, weight, scale, expert, norm, bool(activation))
+    run = cuda.experts if faster else kernels_experts.experts
+    return run(x, weight, scale, expert, norm, eps, offset, activation, early)
+
+
 # ----------------------------------------------------------------------------------------------------------- top_k
 def top_k(logits: Tensor, k: int, sorted: bool = True) -> tuple[Tensor, Tensor]:
     """The k largest of each row [B, V], k <= V -> (values [B, k] in logits' dtype, ids int64 [B, k]), largest first.
@@ -324,21 +333,23 @@ class FusedMoE(nn.Module):
     """norm -> router -> the best experts, each by one kernel for gate and up and one for down -> their weighted sum and
     the residual, for few rows. Made from model.MoE, or from tp.ReducedMoE."""
 
-    def __init__(self, plain: nn.Module, activation: str):
+    def __init__(self, plain: nn.Module, activation: str, device: torch.device):
         self.__dict__ = plain.__dict__  # one state, two forwards
         # A function, not a method: that would be a circle, in which all experts stay until gc.collect.
         self.branch = getattr(plain, "branch", type(plain).experts)
         self.name, self.all_reduce = activation, getattr(plain, "all_reduce", None)
+        # Programs of a row that have finished. The kernel leaves zeros.
+        self.register_buffer("count", torch.zeros(SMALL_M, dtype=torch.int32, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if not few_rows(x) or not use_triton(x):
             y = self.branch(self, x)
             return x + (y if self.all_reduce is None else self.all_reduce(y))
         n, operators = self.norm, torch.ops.hotloop
-        logits = operators.linear(x, self.router.weight, None, None, n.weight, None, n.eps, n.offset, "")
-        weight, expert = operators.route(logits.flatten(0, -2), self.top, self.norm_weights)
-        y = operators.experts(x, *stored(self.gate_up), expert, n.weight, n.eps, n.offset, self.name)
-        y = operators.experts(y, *stored(self.down), expert, None, 0.0, 0.0, "")
+        norm = (n.weight, n.eps, n.offset)
+        weight, expert = operators.route(x, self.router.weight, *norm, self.count, self.top, self.norm_weights)
+        y = operators.experts(x, *stored(self.gate_up), expert, *norm, self.name, False)
+        y = operators.experts(y, *stored(self.down), expert, None, 0.0, 0.0, "", True)
         if self.all_reduce is None:
             return operators.weighted(y, weight, x)
         return x + self.all_reduce(operators.weighted(y, weight, None)).view_as(x)
@@ -452,7 +463,7 @@ def fuse(model: nn.Module) -> None:
         if layer.is_moe:
             stacks = (layer.moe.gate_up, layer.moe.down)
             if all(fits_gemv(e.in_features, KINDS.get(e.weight.dtype, "float")) for e in stacks):
-                layer.moe = FusedMoE(layer.moe, model.args.activation)
+                layer.moe = FusedMoE(layer.moe, model.args.activation, model.tok_embeddings.weight.device)
         else:
             layer.gate_up = FusedNormGateUp(layer.gate_up, model.args.activation)
             if layer.down.post_norm is None:
@@ -499,10 +510,13 @@ def _triton() -> torch.library.Library:
     library.define(
         "layers(Tensor x, Tensor[] rope, Tensor[] rope_local, Tensor pos, Tensor(a!) count, int number) -> Tensor"
     )
-    library.define("route(Tensor logits, int top, bool normalized) -> (Tensor, Tensor)")
+    library.define(
+        "route(Tensor x, Tensor router, Tensor? norm, float eps, float offset, Tensor(a!) count, int top, "
+        "bool normalized) -> (Tensor, Tensor)"
+    )
     library.define(
         "experts(Tensor x, Tensor weight, Tensor? scale, Tensor expert, Tensor? norm, float eps, float offset, "
-        "str activation) -> Tensor"
+        "str activation, bool early) -> Tensor"
     )
     library.define("weighted(Tensor y, Tensor weight, Tensor? residual) -> Tensor")
     library.define("top_k(Tensor logits, int k) -> (Tensor, Tensor)")
@@ -523,7 +537,7 @@ def _triton() -> torch.library.Library:
         "attend": _attend,
         "layers": _layers,
         "route": _either(kernels_experts.route, route_reference),
-        "experts": _either(kernels_experts.experts, experts_reference),
+        "experts": _either(_experts, experts_reference),
         "weighted": _either(kernels_experts.weighted, weighted_reference),
         "top_k": _either(kernels_top_k.top_k, torch.topk),
         "embed": _either(kernels_attend.embed, embed_reference),
@@ -548,11 +562,12 @@ def _triton() -> torch.library.Library:
         return x.new_empty(x.shape)
 
     @torch.library.register_fake("hotloop::route", lib=library)
-    def route_shape(logits, top, normalized):
-        return logits.new_empty(len(logits), top), logits.new_empty(len(logits), top, dtype=torch.int64)
+    def route_shape(x, router, norm, eps, offset, count, top, normalized):
+        N = x.numel() // x.shape[-1]
+        return x.new_empty(N, top), x.new_empty(N, top, dtype=torch.int64)
 
     @torch.library.register_fake("hotloop::experts", lib=library)
-    def experts_shape(x, weight, scale, expert, norm, eps, offset, activation):
+    def experts_shape(x, weight, scale, expert, norm, eps, offset, activation, early):
         return x.new_empty(expert.numel(), weight.shape[1] // (2 if activation else 1))
 
     @torch.library.register_fake("hotloop::weighted", lib=library)

@@ -1,6 +1,6 @@
-"""Linears of a few rows, and attention of a few new tokens, for Hopper GPUs and newer, in CUDA C++ (linear_cuda.cu,
-attend_cuda.cu): kernels.py runs them wherever `supports` and `supports_attend` say so, and Triton elsewhere. And sums
-of small tensors over several GPUs (exchange_cuda.cu), which tp.py runs where they are faster than NCCL's.
+"""Linears of a few rows, also of experts, and attention of a few new tokens, for Hopper GPUs and newer, in CUDA C++
+(linear_cuda.cu, attend_cuda.cu): kernels.py runs them wherever `supports` and its like say so, and Triton elsewhere.
+And sums of small tensors over several GPUs (exchange_cuda.cu), which tp.py runs where they are faster than NCCL's.
 
 What Triton cannot be told: which warps copy weights and which compute, so that copies never wait; int8 weights, and
 int4 ones for up to 4 rows, multiplied by tensor cores as the integers that they are; loads that begin before the kernel
@@ -37,6 +37,7 @@ PLACES = {1: 0, 2: 4, 4: 2}  # for tiles' sums that each other block sends, of s
 MAX_COLUMNS, MAX_PANELS = 32768, 8
 SPLIT, SPLIT_PAIRS = 28672, 65536  # rows times columns of x from which on two blocks share tiles
 REGISTERS = 4096  # columns of x that fit into registers, of int4
+MAX_MATRICES = 64  # that rows of y have, of a stack
 MAX_STAGES = (5, 5, 5, 3)  # by kind; more take memory from the L1 cache, and are slower
 
 
@@ -68,10 +69,8 @@ def supports(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tenso
     group = K // scale.shape[1] if kind == 3 else 32
     if kind == 3 and (group not in (32, 64, 128) or K % (8 * group)):
         return False
-    # A vocabulary may be so large, or shared memory so small, that there is no room for a ring, or for much of x.
     each = {min(MAX_ROWS, rows - first) for first in range(0, rows, MAX_ROWS)}
-    plans = [_plan(kind, group, M, weight.shape[0] // (1 + pairs), K, pairs, x.device) for M in each]
-    return all(plan.stages >= max(3, FLIGHT // plan.chunk) and plan.panels <= MAX_PANELS for plan in plans)
+    return all(_plan(kind, group, M, weight.shape[0] // (1 + pairs), K, pairs, x.device).fits() for M in each)
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None,
@@ -99,13 +98,44 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     return y if exchange is None else exchange.collect(residual, y)
 
 
-def _pass(x, residual, y, weight, scale, bias, norm, eps, offset, activation, exchange) -> None:
-    """`linear` of up to MAX_ROWS rows, x [M, K] -> y [M, N], all contiguous; one launch."""
+def supports_experts(x: Tensor, weight: Tensor, scale: Tensor | None, expert: Tensor, norm: Tensor | None,
+                     pairs: bool) -> bool:  # fmt: skip
+    """Whether `experts` should take these: as `supports` of the stack, few rows, and outputs that fill tiles."""
+    K, outputs = x.shape[-1], weight.shape[1] // (1 + pairs)
+    rows, scales = x.numel() // K, None if scale is None else scale.flatten(0, 1)
+    if rows > MAX_ROWS or expert.numel() > MAX_MATRICES or outputs % (TILE_ROWS // (1 + pairs)):
+        return False
+    if not supports(x, weight.flatten(0, 1), scales, None, norm, None, pairs):
+        return False
+    kind = KINDS[weight.dtype]
+    group = K // scale.shape[-1] if kind == 3 else 32
+    return _plan(kind, group, rows, expert.numel() * outputs, K, pairs, x.device, True).fits()
+
+
+def experts(x: Tensor, weight: Tensor, scale: Tensor | None, expert: Tensor, norm: Tensor | None, eps: float,
+            offset: float, activation: str, early: bool) -> Tensor:  # fmt: skip
+    """The operator hotloop::experts (see kernels_experts.experts) for what `supports_experts` accepts; in one launch,
+    and by the arithmetic of `linear`."""
+    K, outputs = x.shape[-1], weight.shape[1] // (2 if activation else 1)
+    x, expert = x.contiguous().view(-1, K), expert.contiguous()
+    y = torch.empty(expert.numel(), outputs, dtype=x.dtype, device=x.device)
+    stack = _Experts(expert.data_ptr(), outputs, len(y) // len(x), early)
+    _pass(x, None, y.view(1, -1), weight.flatten(0, 1), scale, None, norm, eps, offset, activation, None, stack)
+    return y
+
+
+class _Experts(ctypes.Structure):  # as in linear_cuda.cu
+    _fields_ = [("of", ctypes.c_void_p), ("outputs", ctypes.c_int), ("shared", ctypes.c_int), ("early", ctypes.c_int)]
+
+
+def _pass(x, residual, y, weight, scale, bias, norm, eps, offset, activation, exchange, stack=None) -> None:
+    """`linear` of up to MAX_ROWS rows, x [M, K] -> y [M, N], all contiguous; one launch. Of a stack of weights, one
+    behind the other, y [1, N] is all rows side by side."""
     (M, K), N = x.shape, y.shape[1]
     kind = KINDS[weight.dtype]
-    group = K // scale.shape[1] if kind == 3 else 32
+    group = K // scale.shape[-1] if kind == 3 else 32
     words = _Words() if exchange is None else exchange.linear_words
-    plan = _plan(kind, group, M, N, K, bool(activation), x.device)
+    plan = _plan(kind, group, M, N, K, bool(activation), x.device, stack is not None)
     # Copies take their time by the piece, of at most 128 bytes: 32 scales and zeros, where there are whole ones.
     wide = kind == 3 and not any(columns // group % 32 for columns in (K, plan.own, plan.chunk * 2))
     groups = 32 if wide else 8
@@ -116,6 +146,8 @@ def _pass(x, residual, y, weight, scale, bias, norm, eps, offset, activation, ex
     options = (f"KIND={kind}", f"GROUP={group}", f"ROOM={plan.room}", f"CHUNK={plan.chunk}", f"WARPS={plan.warps}")
     options += f"WORDS={groups}", f"SPLIT={plan.split}", f"ONE={int(plan.one)}"
     options += (f"WORLD={1 if exchange is None else exchange.world}",)
+    if stack is not None:
+        options, values = (*options, "EXPERTS=1"), [*values, stack]
     function = _function("linear", options, x.device)
     blocks = _clusters(options, plan, x.device) * plan.split
     _launch(function, (blocks, 1), plan.threads, plan.shared, values, x.device, cluster=plan.split)
@@ -275,9 +307,14 @@ class Plan(NamedTuple):
     dynamic: bool  # whether blocks take tiles as they are ready for them, rather than an even share
     shared: int  # bytes in all
 
+    def fits(self) -> bool:
+        """A vocabulary may be so large, or shared memory so small, that there is no room for a ring, or much of x."""
+        return self.stages >= max(3, FLIGHT // self.chunk) and self.panels <= MAX_PANELS
+
 
 @functools.cache
-def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: torch.device) -> Plan:
+def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: torch.device,
+          stacked: bool = False) -> Plan:  # fmt: skip
     """One block to a multiprocessor, as few panels as leave room for four stages; laid out as linear_cuda.cu does."""
     room, most = next(r for r in (1, 2, 4, 8) if M <= r), _shared_memory(device)
     unit = 8 * group if kind == 3 else COLUMNS[kind]  # columns that go together
@@ -314,6 +351,7 @@ def _plan(kind: int, group: int, M: int, N: int, K: int, pairs: bool, device: to
         sums += (PLACES[split] * max(1, room // 2) + finishers) * 128 * (split - 1)  # and what other blocks send
         totals = (N // (step * fewest) + 1) * TILE_ROWS * room * 4 if panels > 1 else 0
         base = x + units + parts + sums + totals + 32 * (1 + finishers)  # barriers of two tiles in turn, and of places
+        base += 4 * MAX_MATRICES * stacked
         stages = min(MAX_STAGES[kind] * 2048 // chunk, (most - base) // stage)
         if columns * (panels - 1) < own:  # the last panel is not empty
             shared = base + stages * stage

@@ -1,6 +1,6 @@
 """A mixture of experts for a few tokens: which experts, each row through its own, and their weighted sum.
 
-    route       a token's router logits -> its best experts and their weights, on the device: no host is asked
+    route       norm -> router -> a token's best experts and their weights, on the device: no host is asked
     experts     each row through its expert's matrix as it is stored (bf16, int8, fp8, int4), which is read once a row
     weighted    the sum of what a token's experts give, by weight, and the residual
 
@@ -17,24 +17,28 @@ import functools
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels_linear
 import kernels_overlap
 from kernels_linear import linear_reference
+from kernels_one_pass import rms_norm_reference
 from kernels_overlap import overlaps
 
 
 # ---------------------------------------------------------------------------------------------------- the references
-def route_reference(logits: Tensor, top: int, normalized: bool) -> tuple[Tensor, Tensor]:
-    """What `route` computes, as model.MoE does."""
-    weight, expert = logits.float().softmax(-1).topk(top, dim=-1)
+def route_reference(x, router, norm, eps, offset, count, top: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    """What `route` computes, as model.MoE does: in x's dtype."""
+    h = x.view(-1, x.shape[-1])
+    h = h if norm is None else rms_norm_reference(h, norm, eps, offset)
+    weight, expert = F.linear(h, router.to(h.dtype)).float().softmax(-1).topk(top, dim=-1)
     if normalized:
         weight = weight / weight.sum(-1, keepdim=True)
-    return weight.to(logits.dtype), expert
+    return weight.to(x.dtype), expert
 
 
-def experts_reference(x, weight, scale, expert, norm=None, eps=0.0, offset=0.0, activation="") -> Tensor:
+def experts_reference(x, weight, scale, expert, norm=None, eps=0.0, offset=0.0, activation="", early=False) -> Tensor:
     """What `experts` computes, in plain PyTorch."""
     each = expert.flatten().tolist()
     rows = x.view(-1, 1, x.shape[-1]).repeat_interleave(len(each) // (x.numel() // x.shape[-1]), 0)
@@ -54,30 +58,37 @@ def weighted_reference(y: Tensor, weight: Tensor, residual: Tensor | None) -> Te
 
 
 # ------------------------------------------------------------------------------------------------------ the launchers
-def route(logits: Tensor, top: int, normalized: bool) -> tuple[Tensor, Tensor]:
-    """The operator hotloop::route: logits [N, E] -> (weight [N, T] in their dtype, expert int64 [N, T]), best first.
+def route(x, router, norm, eps, offset, count, top: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    """The operator hotloop::route: x [..., K] of N rows, router [E, K] -> (weight [N, T] in x's dtype, expert int64
+    [N, T]), best first; of equal ones the lower id.
 
-    The weights are softmax's, of all experts or, normalized, of the chosen ones alone. Equal ones: the lower id first.
+    norm, eps, offset: of an RMSNorm before the router, or None. The weights are softmax's, of all experts or,
+    normalized, of the chosen ones alone. Sums are float32, and so are logits. count: int32 [N or more], zeros before
+    and after.
     """
-    N, E = logits.shape
-    weight, overlap = logits.new_empty(N, top), overlaps(logits.device)
-    expert = torch.empty(N, top, dtype=torch.int64, device=logits.device)
-    triton_programs().route[(N,)](
-        logits, weight, expert, E=E, BE=1 << (E - 1).bit_length(), TOP=top, BT=1 << (top - 1).bit_length(),
-        NORMALIZED=normalized, OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
+    K, E, device = x.shape[-1], router.shape[0], x.device
+    x = x.contiguous()
+    N, BN, overlap = x.numel() // K, 4 if K <= 4096 else 1, overlaps(device)
+    logits, weight = torch.empty(N, E, device=device), torch.empty(N, top, dtype=x.dtype, device=device)
+    expert = torch.empty(N, top, dtype=torch.int64, device=device)
+    triton_programs().route[N, -(-E // BN)](
+        x, router, norm, eps, offset, logits, count, weight, expert, K=K, E=E, BK=1 << (K - 1).bit_length(), BN=BN,
+        BE=1 << (E - 1).bit_length(), TOP=top, BT=1 << (top - 1).bit_length(), NORMALIZED=normalized, OVERLAP=overlap,
+        launch_pdl=overlap, num_warps=4 if K <= 2048 else 8,
     )  # fmt: skip
     return weight, expert
 
 
-def experts(x, weight, scale, expert, norm, eps, offset, activation) -> Tensor:
+def experts(x, weight, scale, expert, norm, eps, offset, activation, early) -> Tensor:
     """The operator hotloop::experts: row r of x [N, K], or of [N T, K], through matrix expert.flatten()[r] -> [N T, H].
 
     expert: int64 [N, T]; of x [N, K] a row serves all T of its token. weight: E matrices [E, H, K] or, with an
     activation, of gates and what they gate [E, 2 H, K], stored as kernels_one_pass.dequantize says with E in front, and
-    so is scale. norm, eps, offset: of an RMSNorm before it, or None.
+    so is scale. norm, eps, offset: of an RMSNorm before it, or None. early: `expert` is older than what the kernel
+    right before this one writes, so that matrices can be sent for while that one ends.
     """
     y = x.new_empty(expert.numel(), weight.shape[1] // (2 if activation else 1))
-    kernels_linear.gemv(x, weight, scale, None, norm, None, y, eps, offset, activation, expert)
+    kernels_linear.gemv(x, weight, scale, None, norm, None, y, eps, offset, activation, expert, early)
     return y
 
 
@@ -109,27 +120,42 @@ def triton_programs() -> SimpleNamespace:
 
     @triton.jit
     def route(
-        logits, weight, expert, E: tl.constexpr, BE: tl.constexpr, TOP: tl.constexpr, BT: tl.constexpr,
-        NORMALIZED: tl.constexpr, OVERLAP: tl.constexpr,
+        x, router, norm, eps, offset, logits, count, weight, expert, K: tl.constexpr, E: tl.constexpr, BK: tl.constexpr,
+        BN: tl.constexpr, BE: tl.constexpr, TOP: tl.constexpr, BT: tl.constexpr, NORMALIZED: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        """A program a token: the best of what is left, as often as wanted."""
-        row, e, t = tl.program_id(0), tl.arange(0, BE), tl.arange(0, BT)
+        """Program (token, BN experts): their logits. The last of a token to have them chooses, one expert at a time."""
+        row, k = tl.program_id(0), tl.arange(0, BK)
+        n = tl.program_id(1) * BN + tl.arange(0, BN)
+        w = tl.load(router + n[:, None] * K + k[None, :], mask=(n < E)[:, None] & (k < K)[None, :], other=0.0)
+        inv = 1.0
+        if norm is not None:
+            scale = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32) + offset
         wait_for_input(OVERLAP)
-        v = tl.load(logits + row * E + e, mask=e < E, other=-float("inf")).to(tl.float32)
-        p = tl.exp(v - tl.max(v))
-        total = tl.sum(p)
-        p = tl.where(e < E, p / total, -1.0)
-        chosen, which = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.int32)
-        for i in tl.static_range(TOP):
-            best = tl.max(p)
-            at = tl.minimum(tl.min(tl.where(p == best, e, BE)), E - 1)  # NaN equals nothing; some matrix must be read
-            chosen, which = tl.where(t == i, best, chosen), tl.where(t == i, at, which)
-            p = tl.where(e == at, -1.0, p)
-        if NORMALIZED:
-            chosen /= tl.sum(chosen)
-        chosen = tl.where(total == total, chosen, total)  # NaN, which a maximum passes over
-        tl.store(weight + row * TOP + t, chosen.to(weight.dtype.element_ty), mask=t < TOP)
-        tl.store(expert + row * TOP + t, which.to(tl.int64), mask=t < TOP)
+        h = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+        if norm is not None:
+            inv = tl.rsqrt(tl.sum(h * h) / K + eps)
+            h *= scale
+        tl.store(logits + row * E + n, tl.sum(w.to(tl.float32) * h[None, :], 1) * inv, mask=n < E)
+        tl.debug_barrier()  # all of the program's stores come before its arrival is counted
+        if tl.atomic_add(count + row, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+            tl.store(count + row, 0)
+            e, t = tl.arange(0, BE), tl.arange(0, BT)
+            v = tl.load(logits + row * E + e, mask=e < E, other=-float("inf"), cache_modifier=".cg")
+            p = tl.exp(v - tl.max(v))
+            total = tl.sum(p)
+            p = tl.where(e < E, p / total, -1.0)
+            chosen, which = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.int32)
+            for i in tl.static_range(TOP):
+                best = tl.max(p)
+                at = tl.minimum(tl.min(tl.where(p == best, e, BE)), E - 1)  # NaN equals nothing
+                chosen, which = tl.where(t == i, best, chosen), tl.where(t == i, at, which)
+                p = tl.where(e == at, -1.0, p)
+            if NORMALIZED:
+                chosen /= tl.sum(chosen)
+            chosen = tl.where(total == total, chosen, total)  # NaN, which a maximum passes over
+            tl.store(weight + row * TOP + t, chosen.to(weight.dtype.element_ty), mask=t < TOP)
+            tl.store(expert + row * TOP + t, which.to(tl.int64), mask=t < TOP)
 
     @triton.jit
     def weighted(

@@ -86,11 +86,13 @@ def fits_gemv(K: int, kind: str) -> bool:
     return K <= max(CONFIGS[kind]) and (kind == "float" or K % 4 == 0)
 
 
-def gemv(x, weight, scale, bias, norm, residual, y, eps, offset, activation, expert: Tensor | None = None) -> None:
+def gemv(x, weight, scale, bias, norm, residual, y, eps, offset, activation, expert: Tensor | None = None,
+         early: bool = False) -> None:  # fmt: skip
     """`linear` of one row x [..., K], into y [..., N].
 
     expert: int64, as many as y has rows. weight and scale are then stacks, and row r of y is of matrix expert[r] and of
-    row r of x, or where x has fewer, of the one that serves as many of y as the others.
+    row r of x, or where x has fewer, of the one that serves as many of y as the others. early: it is older than what
+    the kernel before this one writes.
     """
     K, N, R = x.shape[-1], y.shape[-1], y.numel() // y.shape[-1]
     kind = KINDS.get(weight.dtype, "float")
@@ -101,7 +103,7 @@ def gemv(x, weight, scale, bias, norm, residual, y, eps, offset, activation, exp
     settings = dict(
         KIND=kind, GROUP=K // scale.shape[-1] if kind == "int4" else 0, ACTIVATION=activation,
         EXACT=x.dtype == torch.float32, PACKED=packed, BN=rows, BK=1 << (K - 1).bit_length(), STAGES=stages,
-        SHARED=R * K // x.numel(), num_warps=warps,
+        SHARED=R * K // x.numel(), EARLY=early, num_warps=warps,
     )  # fmt: skip
     tensors = (x, words, scale, bias, norm, residual, y)
     _launch(triton_programs().gemv, tensors, (expert, N, K, eps, offset), settings, -(-N // rows), R)
@@ -246,7 +248,7 @@ def triton_programs() -> SimpleNamespace:
     def gemv(
         x, w, scale, bias, norm, residual, y, expert, N, K: tl.constexpr, eps, offset, KIND: tl.constexpr,
         GROUP: tl.constexpr, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr,
-        BK: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr, OVERLAP: tl.constexpr,
+        BK: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """One row of x: each program keeps all of it (normalized) in registers and walks over rows of W, BN at a time.
 
@@ -258,14 +260,15 @@ def triton_programs() -> SimpleNamespace:
         15 bits (EXACT: 20), relative to the group's largest, and these two or three signed bytes.
 
         With experts, the grid's second axis are rows of y, each with a matrix of its own; SHARED of them have one row
-        of x. Whose matrix that is may have been found by the kernel before this one.
+        of x. Whose matrix that is may have been found by the kernel before this one, unless it was EARLY.
         """
         R: tl.constexpr = BN * 2 if ACTIVATION != "" else BN
         r = tl.arange(0, R)
         begin = tl.program_id(0) * BN
         inv = 1.0
         if expert is not None:
-            wait_for_input(OVERLAP)
+            if not EARLY:
+                wait_for_input(OVERLAP)
             row = tl.program_id(1)
             first = tl.load(expert + row) * (N * 2 if ACTIVATION != "" else N)  # the first row of its matrix
             w += first * (K if KIND == "float" else K // 8 if KIND == "int4" else K // 4)
@@ -308,7 +311,7 @@ def triton_programs() -> SimpleNamespace:
             else:
                 q = tl.load(w + at[:, None] * (K // 4) + j[None, :], mask=mk[None, :], other=0)
             if n0 == begin:
-                if expert is None:
+                if expert is None or EARLY:
                     wait_for_input(OVERLAP)
                 if KIND == "float":
                     x0 = tl.load(x + k, mask=mk, other=0.0).to(tl.float32)

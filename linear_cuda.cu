@@ -24,7 +24,8 @@
 // room for), CHUNK, WARPS (that multiply), ONE (whether a block's columns of a row of W are one chunk; only of int4: then x
 // stays in registers), WORDS (of a row's scales and zeros, of int4, that are copied in one piece),
 // SPLIT (1, or 2 or 4 blocks that share tiles), WORLD (1, or GPUs that add up what each of them has: y is then the words that
-// exchange_cuda.cu reads, in the memory of all of them). Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor,
+// exchange_cuda.cu reads, in the memory of all of them), EXPERTS (or a stack of matrices, one of them for each row of y: all
+// rows are then one long one, whose tiles know theirs). Sources: PTX ISA (mma.m16n8k16 and k32, cp.async.bulk.tensor,
 // mbarrier, griddepcontrol, mapa, st.async).
 
 typedef unsigned int u32;
@@ -33,6 +34,12 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 struct alignas(64) TensorMap { u8 opaque[128]; };
 struct Words { u64 of[8]; const u32* number; int rank, room; };  // as exchange_cuda.cu has them: memory of each rank
+#ifndef EXPERTS
+#define EXPERTS 0
+#endif
+// The matrix of each row of y; its outputs (a multiple of a tile's); rows of y that have one row of x in common; whether
+// `of` is older than the kernel before this one.
+struct Experts { const long long* of; int outputs, shared, early; };
 struct Maps { TensorMap w[SPLIT], scale_zero[SPLIT]; };  // of each block of a cluster
 
 constexpr int THREADS = WARPS * 32;                // that multiply; one more warp sends for weights, others finish sums
@@ -217,10 +224,25 @@ struct Tile { int n; short rows, chunk; };  // chunk: the one it begins with
 
 __device__ __forceinline__ Tile tile_at(int i, int N, int step) {
     const int blocks = gridDim.x / SPLIT, rounds = N / (step * blocks), block = blockIdx.x / SPLIT;
+    if (EXPERTS) {  // a tile is of one of them
+        const int n = (i * blocks + block) * step;
+        return {n, (short)max(min(step, N - n), 0)};
+    }
     if (i < rounds) return {(i * blocks + block) * step, (short)step};
     const int rest = N - rounds * step * blocks, first = rest * block / blocks;
     return {rounds * step * blocks + first, (short)(i > rounds ? 0 : rest * (block + 1) / blocks - first)};
 }
+
+// Where in W the rows of outputs are, of which `whole` have gates first, and then what these gate.
+struct Rows {
+    const u32* matrix;
+    int whole, shared;
+    __device__ __forceinline__ int at(int n, bool pairs) const {
+        if (!EXPERTS) return n;
+        const int row = n / whole;
+        return matrix[row] * (pairs ? 2 * whole : whole) + n - row * whole;
+    }
+};
 
 struct Ring {  // of stages of weights, as its writer or a reader goes round it
     u32 full, empty;
@@ -232,12 +254,13 @@ struct Ring {  // of stages of weights, as its writer or a reader goes round it
 // By the warp that sends for weights. A tile without rows is the end of a panel. taken: tiles of all blocks so far,
 // where whoever is faster takes more of them, and blocks that have ended; zero before and after. Else an even share.
 __device__ __forceinline__ void send(Ring ring, const TensorMap& w, const TensorMap& scale_zero, u8* shared, Tile* tile_of,
-                                     int N, int step, bool pairs, int chunks, int a_panel, int panels, u32* taken) {
+                                     int N, int step, bool pairs, int chunks, int a_panel, int panels, u32* taken,
+                                     const Rows& rows) {
     int sent = 0;
     for (int panel = 0; panel < panels; panel++) {
         const int first = panel * a_panel, count = min(a_panel, chunks - first);
         const auto send_tile = [&](Tile tile) {  // whether there was one
-            const int second = pairs ? N + tile.n : tile.n + 8;
+            const int row = EXPERTS && !tile.rows ? 0 : rows.at(tile.n, pairs), second = pairs ? rows.whole + row : row + 8;
             const bool both = tile.rows && (pairs || tile.rows > 8);
             // Neighbours go round a row from different chunks on: together they read all memory channels. And a tile's sums
             // are the same, whoever takes it.
@@ -253,10 +276,10 @@ __device__ __forceinline__ void send(Ring ring, const TensorMap& w, const Tensor
                 ring.next();
                 expect(barrier, both ? STAGE : tile.rows ? STAGE / 2 : 0);
                 if (!tile.rows) break;
-                copy(to, &w, tile.n, (first + chunk) * (CHUNK / 128), barrier);
+                copy(to, &w, row, (first + chunk) * (CHUNK / 128), barrier);
                 if (both) copy(to + HALF, &w, second, (first + chunk) * (CHUNK / 128), barrier);
                 if (KIND == 3) {
-                    copy(to + 2 * HALF, &scale_zero, tile.n, (first + chunk) * BOXES, barrier);
+                    copy(to + 2 * HALF, &scale_zero, row, (first + chunk) * BOXES, barrier);
                     if (both) copy(to + 2 * HALF + BOXES * BOX, &scale_zero, second, (first + chunk) * BOXES, barrier);
                 }
             }
@@ -287,7 +310,8 @@ struct alignas(4 * EACH) Sums { float of[EACH]; };
 __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const float* parts, float* totals, u32 summed,
                                        const float* squares, const float* scale, const u16* bias, const u16* residual,
                                        u16* y, int M, int N, int K, float eps, int step, int activation, int chunks,
-                                       int a_panel, int panels, float* from_other, u32 received, int part, const Words& words) {
+                                       int a_panel, int panels, float* from_other, u32 received, int part, const Words& words,
+                                       const Rows& rows) {
     // Of a tile's sums [ROWS][ROOM] each lane has EACH neighbours; of one row of x there is one for half of the lanes.
     const int which = threadIdx.x / 32 - WARPS - 1, lane = threadIdx.x % 32;
     const int r = ROOM == 1 ? lane % ROWS : lane / 2, m0 = ROOM == 1 ? 0 : (2 * which + lane % 2) * EACH;
@@ -302,7 +326,7 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
     const u32 number = WORLD > 1 ? load_fresh(words.number) : 0;
 
     // Of the tile that is being finished; the total of squares of row lane / (32 / ROOM) of x, and the norm's factors.
-    int out = 0, pending = -1;
+    int out = 0, pending = -1, its_x = 0;
     bool exists = false;
     float s = 1, values[EACH], total = 0, factor[EACH];
     for (int j = 0; j < EACH; j++) factor[j] = 1;
@@ -339,8 +363,9 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
         #pragma unroll
         for (int j = 0; j < EACH; j++) {
             const int m = m0 + j;
-            if (stores && m < M) {
-                if (WORLD > 1) send_all(words, number, m * N + out, value[j]);
+            if (stores && (EXPERTS ? m == its_x : m < M)) {
+                if (EXPERTS) y[out] = to_bf16(value[j]);
+                else if (WORLD > 1) send_all(words, number, m * N + out, value[j]);
                 else y[(long long)m * N + out] = to_bf16(value[j] + low_bf16(rest[j]));
             }
         }
@@ -356,7 +381,9 @@ __device__ __forceinline__ void finish(Ring ring, const Tile* tile_of, const flo
             if (mine && last) {  // what is needed in the end is under way while others multiply
                 out = tile.n + r % step;
                 exists = r % step < tile.rows && (pairs || r < tile.rows);
-                const long long row = pairs && r >= step ? N + out : out;
+                const int first = EXPERTS ? rows.at(tile.n, pairs) + r % step : out;
+                const long long row = pairs && r >= step ? rows.whole + first : first;
+                if (EXPERTS) its_x = tile.n / rows.whole / rows.shared;
                 if (exists && (KIND == 1 || KIND == 2)) s = scale[row];
                 if (exists && bias) b = bias[row];
                 #pragma unroll
@@ -562,7 +589,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 + 32 * FINISHERS, 1)
 linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const u16* __restrict__ x,
        const u16* __restrict__ bias, const u16* __restrict__ norm, const u16* __restrict__ residual, u16* __restrict__ y,
        int M, int N, int K, float eps, float offset, int activation, int stages, int panels, u32* taken,
-       const __grid_constant__ Words words) {
+       const __grid_constant__ Words words
+#if EXPERTS
+       , const __grid_constant__ Experts experts
+#endif
+) {
     extern __shared__ __align__(1024) u8 shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     constexpr int PER_128 = KIND == 0 ? 64 : KIND == 3 ? 256 : 128, UNIT = KIND == 3 ? 8 * GROUP : PER_128;  // columns
@@ -594,14 +625,26 @@ linear(const __grid_constant__ Maps maps, const float* __restrict__ scale, const
     if (SPLIT > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
     Ring ring{full, empty, stages, 0, 0};
 
+#if EXPERTS
+    u32* matrix = (u32*)((u8*)(tile_of + stages) + stages * 16 + 32 + FINISHERS * PLACES * 8);  // behind the barriers
+    const Rows rows{matrix, experts.outputs, experts.shared};
+#else
+    const Rows rows{nullptr, N, 1};
+#endif
     if (warp == WARPS) {
+#if EXPERTS
+        if (!experts.early) asm volatile("griddepcontrol.wait;" ::: "memory");
+        for (int i = lane; i < N / experts.outputs; i += 32) matrix[i] = load_fresh((const u32*)(experts.of + i));
+        __syncwarp();  // others read it after a tile's barrier
+#endif
         if (lane == 0)
-            send(ring, maps.w[part], maps.scale_zero[part], shared, tile_of, N, step, pairs, chunks, a_panel, panels, taken);
+            send(ring, maps.w[part], maps.scale_zero[part], shared, tile_of, N, step, pairs, chunks, a_panel, panels, taken,
+                 rows);
         return;
     }
     if (warp > WARPS) {
         finish(ring, tile_of, parts, totals, summed, norm ? squares : nullptr, scale, bias, residual, y, M, N, K, eps, step,
-               activation, chunks, a_panel, panels, from_other, received, part, words);
+               activation, chunks, a_panel, panels, from_other, received, part, words, rows);
         return;
     }
 

@@ -25,7 +25,7 @@ ALLOWED = {
     "kernels_linear": ({"kernels_one_pass", "kernels_overlap"}, set()),
     "kernels_attend": ({"kernels_one_pass", "kernels_overlap"}, set()),
     "kernels_top_k": ({"kernels_overlap"}, set()),
-    "kernels_experts": ({"kernels_linear", "kernels_overlap"}, set()),
+    "kernels_experts": ({"kernels_linear", "kernels_one_pass", "kernels_overlap"}, set()),
     "kernels": (
         {"kernels_attend", "kernels_experts", "kernels_linear", "kernels_one_pass", "kernels_top_k"},
         {"kernels_cuda"},

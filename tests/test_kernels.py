@@ -511,22 +511,31 @@ else:
         assert torch.ops.hotloop.top_k.default in lowerings
 
     # ------------------------------------------------------------------------------------------ mixture of experts
+    def routed(x, router, norm, top, normalized):
+        """The operator's result, and the reference's in float64."""
+        kernels._triton()
+        count = torch.zeros(16, dtype=torch.int32, device=DEVICE)
+        y = torch.ops.hotloop.route(x, router, norm, 1e-5, 0.5, count, top, normalized)
+        assert not count.any()  # ready for the next call
+        exact = [t if t is None else t.double() for t in (x, router, norm)]
+        return y, kernels_experts.route_reference(*exact, 1e-5, 0.5, count, top, normalized)
+
     @pytest.mark.parametrize("E, top", [(8, 2), (128, 8), (60, 4), (3, 3), (1, 1)])
     @pytest.mark.parametrize("normalized", [True, False])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_experts_are_chosen(E, top, normalized, dtype):
-        kernels._triton()
-        logits = torch.stack([torch.randperm(E) for _ in range(5)]).to(DEVICE, dtype) / 16  # no two are equal
-        weight, expert = torch.ops.hotloop.route(logits, top, normalized)
-        expected = kernels_experts.route_reference(logits, top, normalized)
-        assert torch.equal(expert, expected[1]) and weight.dtype == dtype
-        torch.testing.assert_close(weight, expected[0], rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=0)
+    @pytest.mark.parametrize("dtype, K", [(torch.float32, 70), (torch.bfloat16, 256), (torch.bfloat16, 4100)])
+    def test_experts_are_chosen(E, top, normalized, dtype, K):
+        x = 0.1 * torch.randn(5, 1, K, device=DEVICE).to(dtype)
+        router, norm = torch.randn(E, K, device=DEVICE).to(dtype) * K**-0.5, torch.rand(K, device=DEVICE).to(dtype)
+        for n in (norm, None):
+            (weight, expert), expected = routed(x, router, n, top, normalized)
+            assert torch.equal(expert, expected[1]) and weight.dtype == dtype
+            close = dict(rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=0)  # the interpreter truncates to bf16
+            torch.testing.assert_close(weight.double(), expected[0], **close)
 
     def test_experts_of_broken_logits_exist():
-        kernels._triton()
         logits = torch.full((2, 5), torch.nan, device=DEVICE)
         logits[1] = 0  # all alike: the first ones
-        weight, expert = torch.ops.hotloop.route(logits, 2, True)
+        (weight, expert), _ = routed(logits, torch.eye(5, device=DEVICE), None, 2, True)
         assert weight[0].isnan().all() and (expert < 5).all() and (expert >= 0).all()
         assert expert[1].tolist() == [0, 1] and weight[1].tolist() == [0.5, 0.5]
 
@@ -540,7 +549,8 @@ else:
         expert = torch.randint(0, 9, (N, top), device=DEVICE)
         x, y = torch.randn(1, N, K, device=DEVICE) + 0.5, torch.randn(N * top, K, device=DEVICE)
         dense = torch.stack([kernels.dequantize(*one) for one in each])
-        for *around, rows in ((torch.rand(K, device=DEVICE), 1e-5, 1.0, "silu", x), (None, 0.0, 0.0, "", y)):
+        norm = torch.rand(K, device=DEVICE)
+        for *around, rows in ((norm, 1e-5, 1.0, "silu", False, x), (None, 0.0, 0.0, "", True, y)):
             out = torch.ops.hotloop.experts(rows, weight, scale, expert, *around)
             assert out.shape == (N * top, H if around[3] else 2 * H)
             assert relative(out, kernels_experts.experts_reference(rows, dense, None, expert, *around)) < 5e-6

@@ -1,6 +1,7 @@
 """The CUDA C++ kernels against their references, on a GPU that has what they need; plans and guards anywhere."""
 
 import contextlib
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -101,6 +102,42 @@ if GPU:
 
             assert k.supports(x, *weights[0], None, norm, x) and k.supports(x, *weights[1], None, norm, pairs=True)
             assert torch.equal(chain(x), torch.cat([chain(rows) for rows in x.split(8, 1)], 1)), M
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("kind, group", KINDS)
+    @pytest.mark.parametrize("N, top, E, outputs, K", [
+        (1, 2, 8, 1792, 4096), (1, 8, 16, 768, 2048), (1, 8, 128, 48, 1024), (3, 2, 5, 400, 4096), (8, 8, 9, 32, 1024),
+        (2, 1, 3, 4096, 14336), (1, 1, 1, 16, 4096)])  # fmt: skip
+    def test_experts(kind, group, N, top, E, outputs, K):
+        """As a mixture has them: all chosen experts for each token, after a norm, in pairs of gate and up; and a row of
+        x for each. In a chain, where what is chosen comes right before the first of them."""
+        torch.manual_seed(0)
+        kernels._triton()
+        each = [stored(kind, 2 * outputs, K, group) for _ in range(E)]
+        weight, scale = (None if t[0] is None else torch.stack(t) for t in zip(*each, strict=True))
+        x, norm = torch.randn(1, N, K, device="cuda").bfloat16(), torch.rand(K, device="cuda").bfloat16()
+        rows = torch.randn(min(8, N * top), K, device="cuda").bfloat16()
+        for x, activation, n in ((x, "silu", norm), (x, "", None), (rows, "", None)):  # noqa: B020
+            R = N * top if len(x) == 1 else len(x)
+            logits, eye = torch.randn(max(1, R // top), E, device="cuda"), torch.eye(E, device="cuda")
+            count = torch.zeros(16, dtype=torch.int32, device="cuda")
+            settings = (None, 0.0, 0.0, count, R // len(logits), True)
+            route = functools.partial(torch.ops.hotloop.route, logits, eye, *settings)
+            expert = route()[1]
+            assert k.supports_experts(x, weight, scale, expert, n, bool(activation))
+            around = (n, 1e-5, 0.25, activation)
+            for early in (False, True):
+                chosen = route()[1]
+                if early:
+                    k.linear(rows, weight[0], None if scale is None else scale[0])  # a kernel in between
+                y = k.experts(x, weight, scale, chosen, *around, early).double()
+                flat = x.view(-1, K)
+                for r, e in enumerate(expert.flatten().tolist()):
+                    row, one = flat[r // (R // len(flat))][None], (weight[e], None if scale is None else scale[e])
+                    want = expected(row, *one, None, n, None, 1e-5, 0.25, activation)
+                    assert (y[r] - want).norm() <= 1e-2 * want.norm(), (r, e, early, activation)
+                    alone = k.linear(row, *one, None, n, None, *around[1:])
+                    assert (y[r] - alone).norm() <= 5e-3 * want.norm(), (r, e)
 
     @pytest.mark.gpu
     def test_not_a_number_stays_one():
@@ -469,6 +506,22 @@ def test_guards(h200, monkeypatch):
     assert not k.supports(x, q, torch.ones(128)[::2])
     monkeypatch.setattr(k, "_shared_memory", lambda device: 45000)
     assert not k.supports(x, weight, None), "no room for three stages"
+
+
+def test_guards_of_experts(h200):
+    x, weight, expert = torch.ones(1, 2, 256).bfloat16(), torch.ones(5, 64, 256).bfloat16(), torch.zeros(2, 3).long()
+    assert k.supports_experts(x, weight, None, expert, torch.ones(256).bfloat16(), True)
+    assert k.supports_experts(x, weight.to(torch.int8), torch.ones(5, 64), expert, None, False)
+    for changed in (
+        (x.float(), weight, None, expert, None, False), (x, weight.float(), None, expert, None, False),
+        (torch.ones(9, 256).bfloat16(), weight, None, torch.zeros(9).long(), None, False),
+        (x, weight, None, torch.zeros(65).long(), None, False), (x, weight, torch.ones(5, 64), expert, None, False),
+        (x, weight[:, :24].contiguous(), None, expert, None, False),  # a tile would be of two matrices
+        (x, weight[:, :24].contiguous(), None, expert, None, True), (x, weight, None, expert, torch.ones(256), False),
+    ):  # fmt: skip
+        assert not k.supports_experts(*changed)
+    plans = [k._plan(2, 32, 2, 28672, 4096, False, None, stacked) for stacked in (False, True)]
+    assert plans[1].shared == plans[0].shared + 4 * k.MAX_MATRICES <= 232448
 
 
 def test_attend_guards(h200):
