@@ -79,8 +79,10 @@ def compile_decode(model: Transformer) -> Callable:
 
 def compile_prefill(model: Transformer) -> Callable:
     """`prefill`, replayed as CUDA graphs where launching its kernels takes longer than running them: on a GPU."""
-    graphed = model.tok_embeddings.weight.is_cuda and not model.args.n_experts  # experts ask the host for their rows
-    return GraphedPrefill(prefill) if graphed else prefill
+    if not model.tok_embeddings.weight.is_cuda:
+        return prefill
+    mixtures = [layer.moe for layer in model.layers if layer.is_moe]  # which ask the host for the rows of each expert
+    return GraphedPrefill(prefill, min((getattr(moe, "most_rows", 0) for moe in mixtures), default=None))
 
 
 @torch.no_grad()

@@ -128,14 +128,16 @@ class GraphedPrefill:
 
     EXACT, LARGEST = 8, 512
 
-    def __init__(self, prefill: Callable):
+    def __init__(self, prefill: Callable, most_rows: int | None = None):
+        """most_rows: of a batch, beyond which a model cannot be captured, since it waits for the device."""
         self.prefill, self.graphs, self.pool = prefill, {}, torch.cuda.graph_pool_handle()
+        self.most_rows = most_rows
 
     def __call__(self, model, tokens, input_pos, slots):
         """As generate.prefill; the logits returned are overwritten by the next call."""
         B, T = tokens.shape
         size = T if T <= self.EXACT else 1 << (T - 1).bit_length()
-        if size > self.LARGEST:
+        if size > self.LARGEST or (self.most_rows is not None and B * size > self.most_rows):
             return self.prefill(model, tokens, input_pos, slots)
         # By the number that precedes them there would be a graph for each; and filled up they are not in order.
         if isinstance(slots, int) and (slots or T < size):

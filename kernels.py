@@ -331,7 +331,9 @@ class FusedLinearResidual(nn.Module):
 
 class FusedMoE(nn.Module):
     """norm -> router -> the best experts, each by one kernel for gate and up and one for down -> their weighted sum and
-    the residual, for few rows. Made from model.MoE, or from tp.ReducedMoE."""
+    the residual, for few rows: no host is asked who is. Made from model.MoE, or from tp.ReducedMoE."""
+
+    most_rows = SMALL_M
 
     def __init__(self, plain: nn.Module, activation: str, device: torch.device):
         self.__dict__ = plain.__dict__  # one state, two forwards
@@ -339,10 +341,10 @@ class FusedMoE(nn.Module):
         self.branch = getattr(plain, "branch", type(plain).experts)
         self.name, self.all_reduce = activation, getattr(plain, "all_reduce", None)
         # Programs of a row that have finished. The kernel leaves zeros.
-        self.register_buffer("count", torch.zeros(SMALL_M, dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer("count", torch.zeros(self.most_rows, dtype=torch.int32, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not few_rows(x) or not use_triton(x):
+        if x.numel() // x.shape[-1] > self.most_rows or not use_triton(x):
             y = self.branch(self, x)
             return x + (y if self.all_reduce is None else self.all_reduce(y))
         n, operators = self.norm, torch.ops.hotloop

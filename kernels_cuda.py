@@ -100,10 +100,13 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
 
 def supports_experts(x: Tensor, weight: Tensor, scale: Tensor | None, expert: Tensor, norm: Tensor | None,
                      pairs: bool) -> bool:  # fmt: skip
-    """Whether `experts` should take these: as `supports` of the stack, few rows, and outputs that fill tiles."""
+    """Whether `experts` should take these: as `supports` of the stack, with outputs that fill tiles, of up to two rows.
+
+    Of more rows it multiplies all with each matrix, and does not find that some have one in common.
+    """
     K, outputs = x.shape[-1], weight.shape[1] // (1 + pairs)
     rows, scales = x.numel() // K, None if scale is None else scale.flatten(0, 1)
-    if rows > MAX_ROWS or expert.numel() > MAX_MATRICES or outputs % (TILE_ROWS // (1 + pairs)):
+    if rows > 2 or expert.numel() > MAX_MATRICES or outputs % (TILE_ROWS // (1 + pairs)):
         return False
     if not supports(x, weight.flatten(0, 1), scales, None, norm, None, pairs):
         return False

@@ -68,13 +68,13 @@ def route(x, router, norm, eps, offset, count, top: int, normalized: bool) -> tu
     """
     K, E, device = x.shape[-1], router.shape[0], x.device
     x = x.contiguous()
-    N, BN, overlap = x.numel() // K, 4 if K <= 4096 else 1, overlaps(device)
+    N, BN, BE, overlap = x.numel() // K, 4 if K <= 4096 else 1, 1 << (E - 1).bit_length(), overlaps(device)
     logits, weight = torch.empty(N, E, device=device), torch.empty(N, top, dtype=x.dtype, device=device)
     expert = torch.empty(N, top, dtype=torch.int64, device=device)
     triton_programs().route[N, -(-E // BN)](
         x, router, norm, eps, offset, logits, count, weight, expert, K=K, E=E, BK=1 << (K - 1).bit_length(), BN=BN,
-        BE=1 << (E - 1).bit_length(), TOP=top, BT=1 << (top - 1).bit_length(), NORMALIZED=normalized, OVERLAP=overlap,
-        launch_pdl=overlap, num_warps=4 if K <= 2048 else 8,
+        BE=BE, PART=min(BE, 32), TOP=top, NORMALIZED=normalized, OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=4 if K <= 4096 else 8,
     )  # fmt: skip
     return weight, expert
 
@@ -121,10 +121,10 @@ def triton_programs() -> SimpleNamespace:
     @triton.jit
     def route(
         x, router, norm, eps, offset, logits, count, weight, expert, K: tl.constexpr, E: tl.constexpr, BK: tl.constexpr,
-        BN: tl.constexpr, BE: tl.constexpr, TOP: tl.constexpr, BT: tl.constexpr, NORMALIZED: tl.constexpr,
+        BN: tl.constexpr, BE: tl.constexpr, PART: tl.constexpr, TOP: tl.constexpr, NORMALIZED: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        """Program (token, BN experts): their logits. The last of a token to have them chooses, one expert at a time."""
+        """Program (token, BN experts): their logits. The last of a token's to have them finds each one's place."""
         row, k = tl.program_id(0), tl.arange(0, BK)
         n = tl.program_id(1) * BN + tl.arange(0, BN)
         w = tl.load(router + n[:, None] * K + k[None, :], mask=(n < E)[:, None] & (k < K)[None, :], other=0.0)
@@ -140,22 +140,23 @@ def triton_programs() -> SimpleNamespace:
         tl.debug_barrier()  # all of the program's stores come before its arrival is counted
         if tl.atomic_add(count + row, 1, sem="acq_rel") == tl.num_programs(1) - 1:
             tl.store(count + row, 0)
-            e, t = tl.arange(0, BE), tl.arange(0, BT)
+            e = tl.arange(0, BE)
             v = tl.load(logits + row * E + e, mask=e < E, other=-float("inf"), cache_modifier=".cg")
             p = tl.exp(v - tl.max(v))
-            total = tl.sum(p)
-            p = tl.where(e < E, p / total, -1.0)
-            chosen, which = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.int32)
-            for i in tl.static_range(TOP):
-                best = tl.max(p)
-                at = tl.minimum(tl.min(tl.where(p == best, e, BE)), E - 1)  # NaN equals nothing
-                chosen, which = tl.where(t == i, best, chosen), tl.where(t == i, at, which)
-                p = tl.where(e == at, -1.0, p)
+            p /= tl.sum(p)
+            mine = tl.where(v == v, v, float("inf"))  # NaN has a place, too
+            place = tl.zeros([BE], tl.int32)  # how many are better
+            for i in tl.static_range(0, BE, PART):
+                f = i + tl.arange(0, PART)
+                theirs = tl.load(logits + row * E + f, mask=f < E, other=-float("inf"), cache_modifier=".cg")
+                theirs = tl.where(theirs == theirs, theirs, float("inf"))[None, :]
+                better = (theirs > mine[:, None]) | ((theirs == mine[:, None]) & (f[None, :] < e[:, None]))
+                place += tl.sum((better & (f < E)[None, :]).to(tl.int32), 1)
+            chosen = (place < TOP) & (e < E)
             if NORMALIZED:
-                chosen /= tl.sum(chosen)
-            chosen = tl.where(total == total, chosen, total)  # NaN, which a maximum passes over
-            tl.store(weight + row * TOP + t, chosen.to(weight.dtype.element_ty), mask=t < TOP)
-            tl.store(expert + row * TOP + t, which.to(tl.int64), mask=t < TOP)
+                p /= tl.sum(tl.where(chosen, p, 0.0))
+            tl.store(weight + row * TOP + place, p.to(weight.dtype.element_ty), mask=chosen)
+            tl.store(expert + row * TOP + place, e.to(tl.int64), mask=chosen)
 
     @triton.jit
     def weighted(

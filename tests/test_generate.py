@@ -4,6 +4,7 @@ Try it:  python -m pytest tests/test_generate.py -k sample
          python tests/test_generate.py --write-golden      # after the weights of demo/ changed on purpose
 """
 
+import copy
 import json
 import random
 import sys
@@ -17,11 +18,13 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for --write-golden; pytest has it already
 
+import kernels  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from generate import (  # noqa: E402
     Sampler,
     StopStrings,
     compile_decode,
+    compile_prefill,
     complete,
     generate,
     prefill,
@@ -299,6 +302,31 @@ def test_short_chunks_in_order_before_they_are_captured(tiny, start, T, monkeypa
 def test_a_later_chunk_attends_by_flash(tiny, head_dim, kv_dtype):
     model = tiny(n_heads=4, n_kv_heads=2, head_dim=head_dim).to("cuda", torch.bfloat16)
     assert flash_attends(*check_later_chunk(model, torch.bfloat16, kv_dtype, 1e-2))
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: prompts of a mixture of experts as graphs")
+def test_short_prompts_of_experts_are_captured(tiny):
+    model = tiny(n_experts=4, n_experts_per_token=2, head_dim=32).to("cuda")
+    plain, ids = copy.deepcopy(model), torch.tensor([tokens(60), tokens(60, seed=1)], device="cuda")
+    kernels.fuse(model)
+    model.setup_caches(2, 100)
+    read, pos = compile_prefill(model), torch.arange(60, device="cuda").expand(2, -1)
+    for B, T, captured in ((1, 5, True), (1, 13, True), (2, 8, True), (2, 9, False), (1, 17, False)):
+        for _ in range(3):  # eager, captured, replayed
+            out = read(model, ids[:B, :T], pos[:B, :T], 0)
+            torch.testing.assert_close(out, plain(ids[:B, :T])[:, -1], atol=1e-4, rtol=1e-4)
+        assert any(key[1:3] == (B, T if T <= 8 else 16) for key in read.graphs) == captured
+
+
+def test_prompts_of_experts_without_kernels_are_not_captured(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    model = tiny(n_experts=4, n_experts_per_token=2)
+    assert compile_prefill(model).most_rows == 0 and compile_prefill(tiny()).most_rows is None
+    model.layers[0].moe.most_rows = model.layers[1].moe.most_rows = 16
+    assert compile_prefill(model).most_rows == 16
 
 
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=8), dict(n_experts=4, n_experts_per_token=2)], ids=str)

@@ -106,7 +106,7 @@ if GPU:
     @pytest.mark.gpu
     @pytest.mark.parametrize("kind, group", KINDS)
     @pytest.mark.parametrize("N, top, E, outputs, K", [
-        (1, 2, 8, 1792, 4096), (1, 8, 16, 768, 2048), (1, 8, 128, 48, 1024), (3, 2, 5, 400, 4096), (8, 8, 9, 32, 1024),
+        (1, 2, 8, 1792, 4096), (1, 8, 16, 768, 2048), (1, 8, 128, 48, 1024), (2, 2, 5, 400, 4096), (2, 8, 9, 32, 1024),
         (2, 1, 3, 4096, 14336), (1, 1, 1, 16, 4096)])  # fmt: skip
     def test_experts(kind, group, N, top, E, outputs, K):
         """As a mixture has them: all chosen experts for each token, after a norm, in pairs of gate and up; and a row of
@@ -115,11 +115,10 @@ if GPU:
         kernels._triton()
         each = [stored(kind, 2 * outputs, K, group) for _ in range(E)]
         weight, scale = (None if t[0] is None else torch.stack(t) for t in zip(*each, strict=True))
-        x, norm = torch.randn(1, N, K, device="cuda").bfloat16(), torch.rand(K, device="cuda").bfloat16()
-        rows = torch.randn(min(8, N * top), K, device="cuda").bfloat16()
-        for x, activation, n in ((x, "silu", norm), (x, "", None), (rows, "", None)):  # noqa: B020
+        norm, tokens, rows = (torch.randn(n, K, device="cuda").bfloat16() for n in (1, N, min(2, N * top)))
+        for x, activation, n in ((tokens[None], "silu", norm[0]), (tokens[None], "", None), (rows, "", None)):
             R = N * top if len(x) == 1 else len(x)
-            logits, eye = torch.randn(max(1, R // top), E, device="cuda"), torch.eye(E, device="cuda")
+            logits, eye = torch.randn(N if len(x) == 1 else 1, E, device="cuda"), torch.eye(E, device="cuda")
             count = torch.zeros(16, dtype=torch.int32, device="cuda")
             settings = (None, 0.0, 0.0, count, R // len(logits), True)
             route = functools.partial(torch.ops.hotloop.route, logits, eye, *settings)
@@ -136,8 +135,6 @@ if GPU:
                     row, one = flat[r // (R // len(flat))][None], (weight[e], None if scale is None else scale[e])
                     want = expected(row, *one, None, n, None, 1e-5, 0.25, activation)
                     assert (y[r] - want).norm() <= 1e-2 * want.norm(), (r, e, early, activation)
-                    alone = k.linear(row, *one, None, n, None, *around[1:])
-                    assert (y[r] - alone).norm() <= 5e-3 * want.norm(), (r, e)
 
     @pytest.mark.gpu
     def test_not_a_number_stays_one():
@@ -514,7 +511,7 @@ def test_guards_of_experts(h200):
     assert k.supports_experts(x, weight.to(torch.int8), torch.ones(5, 64), expert, None, False)
     for changed in (
         (x.float(), weight, None, expert, None, False), (x, weight.float(), None, expert, None, False),
-        (torch.ones(9, 256).bfloat16(), weight, None, torch.zeros(9).long(), None, False),
+        (torch.ones(3, 256).bfloat16(), weight, None, torch.zeros(3).long(), None, False),
         (x, weight, None, torch.zeros(65).long(), None, False), (x, weight, torch.ones(5, 64), expert, None, False),
         (x, weight[:, :24].contiguous(), None, expert, None, False),  # a tile would be of two matrices
         (x, weight[:, :24].contiguous(), None, expert, None, True), (x, weight, None, expert, torch.ones(256), False),
