@@ -317,7 +317,7 @@ def test_short_prompts_of_experts_are_captured(tiny):
         for _ in range(3):  # eager, captured, replayed
             out = read(model, ids[:B, :T], pos[:B, :T], 0)
             torch.testing.assert_close(out, plain(ids[:B, :T])[:, -1], atol=1e-4, rtol=1e-4)
-        assert any(key[1:3] == (B, T if T <= 8 else 16) for key in read.graphs) == captured
+        assert any(key[1] == B and T <= key[2] < 2 * T for key in read.graphs) == captured
 
 
 def test_prompts_of_experts_without_kernels_are_not_captured(tiny, monkeypatch):

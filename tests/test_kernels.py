@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import benchmark_check
 import kernels
 import kernels_attend
 import kernels_experts
@@ -617,6 +618,24 @@ else:
             assert relative(fused(*inputs), plain(*inputs)) < (1e-2 if kv_dtype else 5e-6)  # roundings may flip
             k, expected = (model.layers[0].attention.cache.read(2, 35, torch.float32)[0] for model in (fused, plain))
             torch.testing.assert_close(k, expected, atol=1e-5, rtol=1 / 7 if kv_dtype else 1e-5)
+
+    @pytest.mark.parametrize("kv_dtype", [None, "fp8"])
+    def test_what_a_run_is_compared_with(kv_dtype):
+        """benchmark.py's reference: kernels are not part of it, and an fp8 cache is."""
+        args = m.ModelArgs(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=64, vocab_size=99,
+                           max_seq_len=64)  # fmt: skip
+        plain, fused = (m.Transformer(args).to(DEVICE).eval().requires_grad_(False) for _ in range(2))
+        fused.load_state_dict(plain.state_dict())
+        kernels.fuse(fused)
+        tokens, pos = torch.randint(0, 99, (1, 20), device=DEVICE), torch.arange(20, device=DEVICE)[None]
+        outputs = []
+        for model in (plain, fused):
+            model.setup_caches(1, 20, kv_dtype)
+            with benchmark_check.as_cached(model):
+                outputs.append(model(tokens))
+            assert relative(model(tokens), plain(tokens)) < 5e-6
+        assert relative(outputs[1], outputs[0]) < 5e-6 and relative(plain(tokens, pos), outputs[0]) < 5e-6
+        assert (relative(outputs[0], plain(tokens)) > 1e-4) == (kv_dtype is not None)
 
     def test_many_rows_can_be_trained():
         args = m.ModelArgs(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=32, vocab_size=9,
