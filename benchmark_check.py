@@ -37,8 +37,9 @@ def check(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: int
 
 
 @contextlib.contextmanager
-def as_cached(model: Transformer) -> Iterator[None]:
-    """Inside, attention without a cache has keys and values as an fp8 one keeps them: that is the mode, no error."""
+def as_cached() -> Iterator[None]:
+    """Inside, a model that has fp8 caches, used without them, has keys and values as they keep them: that is the mode,
+    and no error."""
     plain = Attention.causal  # the class's: what takes an attention's place calls it, too
 
     def causal(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def compare(model: Transformer, prompts: list[list[int]], drawn: Tensor, best: i
         def reference(padded=padded, begin=begin):
             return model.logits(model.features(padded[None])[:, begin:])[0, first - begin :][:n].float()
 
-        with as_cached(model):
+        with as_cached():
             logits = reference()  # [n, V]
             with rounding(model):
                 rounded.append((reference() - logits).std(-1) / logits.std(-1))

@@ -12,7 +12,7 @@
                 what a long prompt needs between its matrix products, each in one pass over memory
     read_sum    reads memory and does nothing else: the bandwidth that all of this is measured against
 
-`fuse(model)` swaps modules that use them into the five seams of a model's layers, and makes the model one of a class
+`fuse(model)` swaps modules that use them into the seams of a model's layers, and makes the model one of a class
 with `FusedModel`. The kernels are in files by job, each beside its plain PyTorch reference: kernels_linear.py,
 kernels_experts.py, kernels_attend.py, kernels_one_pass.py and kernels_top_k.py in Triton, some of them again, for GPUs
 since Hopper, in kernels_cuda.py. Triton is imported when a kernel is first wanted, so that a machine without it can
@@ -331,14 +331,14 @@ class FusedLinearResidual(nn.Module):
 
 class FusedMoE(nn.Module):
     """norm -> router -> the best experts, each by one kernel for gate and up and one for down -> their weighted sum and
-    the residual, for few rows: no host is asked who is. Made from model.MoE, or from tp.ReducedMoE."""
+    the residual, for few rows: the host is not asked which. Made from model.MoE, or from tp.ReducedMoE."""
 
     most_rows = SMALL_M
 
     def __init__(self, plain: nn.Module, activation: str, device: torch.device):
         self.__dict__ = plain.__dict__  # one state, two forwards
         # A function, not a method: that would be a circle, in which all experts stay until gc.collect.
-        self.branch = getattr(plain, "branch", type(plain).experts)
+        self.branch = plain.branch if hasattr(plain, "branch") else type(plain).experts
         self.name, self.all_reduce = activation, getattr(plain, "all_reduce", None)
         # Programs of a row that have finished. The kernel leaves zeros.
         self.register_buffer("count", torch.zeros(self.most_rows, dtype=torch.int32, device=device), persistent=False)
@@ -446,7 +446,7 @@ def _fused(plain: type) -> type:
 
 
 def fuse(model: nn.Module) -> None:
-    """Swap the kernels' modules into the five seams of every layer, and what comes before and after them, of a model on
+    """Swap the kernels' modules into the seams of every layer, and what comes before and after them, of a model on
     a GPU, whose class changes too.
 
     Where Triton or a new enough GPU is missing, or a layer has something the kernels lack (a norm on the branch), the
@@ -574,7 +574,7 @@ def _triton() -> torch.library.Library:
 
     @torch.library.register_fake("hotloop::weighted", lib=library)
     def weighted_shape(y, weight, residual):
-        return y.new_empty(len(weight), y.shape[1]) if residual is None else residual.new_empty(residual.shape)
+        return y.new_empty(weight.shape[0], y.shape[1]) if residual is None else residual.new_empty(residual.shape)
 
     @torch.library.register_fake("hotloop::top_k", lib=library)
     def top_k_shape(logits, k):

@@ -8,7 +8,7 @@ Each beside its plain PyTorch reference; `experts` is kernels_linear.py's `gemv`
 
 Shapes: N tokens, T experts a token of E; C, K, H features.
 
-Try it:  TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py -k expert
+Try it:  TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py -k "expert or mixture"
 
 Sources: Mixtral of Experts (arXiv 2401.04088).
 """
@@ -88,7 +88,7 @@ def experts(x, weight, scale, expert, norm, eps, offset, activation, early) -> T
     right before this one writes, so that matrices can be sent for while that one ends.
     """
     y = x.new_empty(expert.numel(), weight.shape[1] // (2 if activation else 1))
-    kernels_linear.gemv(x, weight, scale, None, norm, None, y, eps, offset, activation, expert, early)
+    kernels_linear.gemv(x.contiguous(), weight, scale, None, norm, None, y, eps, offset, activation, expert, early)
     return y
 
 
@@ -97,6 +97,7 @@ WEIGHTED_BLOCK = 512  # outputs a program
 
 def weighted(y: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
     """The operator hotloop::weighted: y [N T, C], weight [N, T], residual [..., C] of N rows -> [N, C] or its shape."""
+    y, residual = y.contiguous(), None if residual is None else residual.contiguous()
     N, top = weight.shape
     C, overlap = y.shape[1], overlaps(y.device)
     z = y.new_empty(N, C) if residual is None else torch.empty_like(residual)

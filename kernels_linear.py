@@ -43,11 +43,13 @@ def linear_reference(x, weight, scale=None, bias=None, norm=None, residual=None,
 # Of `gemv`, by kind and the largest K that it is for: warps, rows of W at a time and pipeline stages; measured on an
 # H200 (benchmarks/NOTES.md).
 CONFIGS = {
-    "float": {1024: (1, 4, 3), 2048: (4, 8, 3), 8192: (4, 4, 3), 16384: (8, 2, 4), 32768: (16, 2, 3)},
-    "int8": {1024: (1, 8, 2), 2048: (4, 8, 3), 8192: (4, 4, 3), 16384: (8, 4, 3), 32768: (16, 4, 3)},
+    "float": {2048: (4, 8, 3), 8192: (4, 4, 3), 16384: (8, 2, 4), 32768: (16, 2, 3)},
+    "int8": {2048: (4, 8, 3), 8192: (4, 4, 3), 16384: (8, 4, 3), 32768: (16, 4, 3)},
     "fp8": {2048: (4, 8, 2), 8192: (4, 4, 2), 16384: (8, 4, 3), 32768: (16, 2, 3)},
-    "int4": {1024: (2, 4, 3), 2048: (4, 8, 3), 8192: (4, 4, 3), 16384: (8, 2, 3), 32768: (16, 2, 3)},
+    "int4": {2048: (4, 8, 3), 8192: (4, 4, 3), 16384: (8, 2, 3), 32768: (16, 2, 3)},
 }
+# The same for rows with a matrix each, where that differs.
+CONFIGS_OF_EXPERTS = {"float": {1024: (1, 4, 3)}, "int8": {1024: (1, 8, 2)}, "fp8": {}, "int4": {1024: (2, 4, 3)}}
 
 
 def linear(x, weight, scale, bias, norm, residual, eps, offset, activation) -> Tensor:
@@ -96,7 +98,8 @@ def gemv(x, weight, scale, bias, norm, residual, y, eps, offset, activation, exp
     """
     K, N, R = x.shape[-1], y.shape[-1], y.numel() // y.shape[-1]
     kind = KINDS.get(weight.dtype, "float")
-    warps, rows, stages = next(c for limit, c in CONFIGS[kind].items() if limit >= K)
+    configs = CONFIGS[kind] if expert is None else CONFIGS_OF_EXPERTS[kind] | CONFIGS[kind]  # the smallest first
+    warps, rows, stages = next(c for limit, c in configs.items() if limit >= K)
     rows = max(1, rows // 2) if activation else rows
     words = weight if kind == "float" else weight.view(torch.int32)
     packed = x.dtype == torch.bfloat16 and (norm is None or norm.dtype == torch.bfloat16)
@@ -270,7 +273,9 @@ def triton_programs() -> SimpleNamespace:
             if not EARLY:
                 wait_for_input(OVERLAP)
             row = tl.program_id(1)
-            first = tl.load(expert + row) * (N * 2 if ACTIVATION != "" else N)  # the first row of its matrix
+            # Which, from L2: L1 may remember an earlier layer's if this comes before the wait. And its first row.
+            which = tl.load(expert + row, cache_modifier=".cg")
+            first = which * (N * 2 if ACTIVATION != "" else N)
             w += first * (K if KIND == "float" else K // 8 if KIND == "int4" else K // 4)
             if scale is not None:
                 scale += first * (K // GROUP if KIND == "int4" else 1)

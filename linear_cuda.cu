@@ -219,7 +219,7 @@ __device__ __forceinline__ void activate(float (&v)[COUNT], int activation) {
 }
 
 // The i-th tile of a block: outputs n ... n + rows - 1. Blocks take tiles in turn, so that what is read at a time is
-// close together; what does not go round is cut evenly.
+// close together; what does not go round is cut evenly, but for experts, of whom a tile has one.
 struct Tile { int n; short rows, chunk; };  // chunk: the one it begins with
 
 __device__ __forceinline__ Tile tile_at(int i, int N, int step) {

@@ -2,8 +2,8 @@
 
 One forward serves Llama, CodeLlama, TinyLlama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE and Gemma 1 to 3: families
 differ by `ModelArgs` fields, never by classes. The file knows `nn.Linear` and nothing of kernels, quantization or
-ranks; a layer is five small modules (`qkv`, `attention`, `out`, `gate_up`, `down`) between `embed` and `head`, and
-whoever wants to be faster swaps one of them after construction.
+ranks; a layer is five small modules (`qkv`, `attention`, `out`, `gate_up`, `down`; or `moe` for the last two) between
+`embed` and `head`, and whoever wants to be faster swaps one of them after construction.
 
 Try it:  python -c "import torch, model as m; a = m.ModelArgs(dim=128, n_layers=2, n_heads=2, n_kv_heads=1,
          head_dim=64, hidden_dim=256, vocab_size=99, max_seq_len=64); print(m.Transformer(a)(torch.zeros(1, 5).long()))"

@@ -289,6 +289,7 @@ class Int4Linear(QuantLinear):
             return kernels_cpu.linear_int4(x, self.packed[e], self.packed_scales[e], self.groupsize)
         if self.scale is None and self.weight is not None:
             return kernels.linear(x, self.weight[e], self.scale_zero[e])
+        # Not packed; on a GPU the parent's would take `scale`, of groups, for one of rows.
         return F.linear(x, self.dequantize_stored(**self.canonical(e)).to(x.dtype))
 
     def matmul(self, x):

@@ -20,6 +20,7 @@ import kernels_experts
 import kernels_top_k
 import model as m
 import quantize
+import tp
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available()
@@ -584,6 +585,7 @@ else:
             weight.copy_(linear.dequantize())
             linear.pack()
         if shared:
+            fused.layers[0].moe = tp.ReducedMoE(fused.layers[0].moe)
             fused.layers[0].moe.all_reduce = lambda y: 2 * y
         kernels.fuse(fused)
         assert fused.all_kernels == (not shared) and isinstance(fused.layers[0].moe, kernels.FusedMoE)
@@ -591,11 +593,13 @@ else:
             x = torch.randn(*shape, 64, device=DEVICE)
             expected = x + plain.layers[0].moe.experts(x) * (2 if shared else 1)
             assert relative(fused.layers[0].moe(x), expected) < 5e-6
-        gc.disable()
         gone = weakref.ref(fused.layers[0].moe.gate_up)
-        del fused
-        assert gone() is None  # a model's memory is free when it is: experts are large
-        gc.enable()
+        gc.disable()
+        try:
+            del fused
+            assert gone() is None  # without a collection: experts are large
+        finally:
+            gc.enable()
 
     @pytest.mark.parametrize("family", [{}, dict(qk_norm=True, sliding_window=20), dict(
         post_norms=True, attn_softcap=5.0, norm_offset=1.0, activation="gelu_tanh")], ids=str)  # fmt: skip
@@ -619,6 +623,23 @@ else:
             k, expected = (model.layers[0].attention.cache.read(2, 35, torch.float32)[0] for model in (fused, plain))
             torch.testing.assert_close(k, expected, atol=1e-5, rtol=1 / 7 if kv_dtype else 1e-5)
 
+    @pytest.mark.parametrize("all_reduce", [None, lambda y: 2 * y])
+    def test_a_compiled_mixture_serves_many_batches(all_reduce):
+        """By two programs: that of the first size, and one for all others."""
+        args = m.ModelArgs(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=32, hidden_dim=32, vocab_size=99,
+                           max_seq_len=64, n_experts=5, n_experts_per_token=2)  # fmt: skip
+        model, graphs = m.Transformer(args).to(DEVICE).eval().requires_grad_(False), []
+        model.layers[0].moe.all_reduce = all_reduce
+        kernels.fuse(model)
+        model.setup_caches(12, 20)
+        torch._dynamo.reset()
+        backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+        step = torch.compile(model.forward, backend=backend, fullgraph=True, dynamic=None)
+        for batch in (1, 2, 3, 5, 7, 8, 9, 10, 11, 12):
+            tokens, pos = torch.full((2, batch, 1), batch, device=DEVICE)
+            torch.testing.assert_close(step(tokens, pos), model(tokens, pos), atol=1e-5, rtol=1e-5)
+        assert len(graphs) <= 3
+
     @pytest.mark.parametrize("kv_dtype", [None, "fp8"])
     def test_what_a_run_is_compared_with(kv_dtype):
         """benchmark.py's reference: kernels are not part of it, and an fp8 cache is."""
@@ -631,7 +652,7 @@ else:
         outputs = []
         for model in (plain, fused):
             model.setup_caches(1, 20, kv_dtype)
-            with benchmark_check.as_cached(model):
+            with benchmark_check.as_cached():
                 outputs.append(model(tokens))
             assert relative(model(tokens), plain(tokens)) < 5e-6
         assert relative(outputs[1], outputs[0]) < 5e-6 and relative(plain(tokens, pos), outputs[0]) < 5e-6
