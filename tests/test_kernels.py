@@ -526,7 +526,7 @@ else:
     @pytest.mark.parametrize("normalized", [True, False])
     @pytest.mark.parametrize("dtype, K", [(torch.float32, 70), (torch.bfloat16, 256), (torch.bfloat16, 4100)])
     def test_experts_are_chosen(E, top, normalized, dtype, K):
-        x = 0.1 * torch.randn(5, 1, K, device=DEVICE).to(dtype)
+        x = 0.1 * torch.randn(16 if K < 100 else 3, 1, K, device=DEVICE).to(dtype)
         router, norm = torch.randn(E, K, device=DEVICE).to(dtype) * K**-0.5, torch.rand(K, device=DEVICE).to(dtype)
         for n in (norm, None):
             (weight, expert), expected = routed(x, router, n, top, normalized)
@@ -542,7 +542,7 @@ else:
         assert expert[1].tolist() == [0, 1] and weight[1].tolist() == [0.5, 0.5]
 
     @pytest.mark.parametrize("kind, group", KINDS[:4])
-    @pytest.mark.parametrize("N, top", [(1, 2), (1, 8), (3, 2), (5, 1)])
+    @pytest.mark.parametrize("N, top", [(1, 2), (1, 8), (3, 2), (16, 1)])
     def test_each_row_through_its_expert(kind, group, N, top):
         """As a mixture has them: gate and up of all chosen experts for each token, after a norm; and down for each."""
         kernels._triton()
@@ -623,6 +623,38 @@ else:
             k, expected = (model.layers[0].attention.cache.read(2, 35, torch.float32)[0] for model in (fused, plain))
             torch.testing.assert_close(k, expected, atol=1e-5, rtol=1 / 7 if kv_dtype else 1e-5)
 
+    @pytest.mark.parametrize("mode", [None, "int8", "int4"])
+    def test_shares_of_a_mixture_make_it_whole(mode):
+        """Two ranks' parts of each expert, as tp.py cuts them: what they sum and the residual are what one would give."""
+        args = m.ModelArgs(dim=64, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=32, hidden_dim=64, vocab_size=98,
+                           max_seq_len=64, n_experts=4, n_experts_per_token=2)  # fmt: skip
+        recipe = mode and quantize.make_recipe(mode, 32 if mode == "int4" else None)
+        whole, shares, sent = m.Transformer(args).to(DEVICE).eval().requires_grad_(False), [], []
+        stored = dict(whole.state_dict())
+        for name, linear in quantize.swap_linears(copy.deepcopy(whole), recipe).items() if mode else ():
+            weight = stored.pop(f"{name}.weight")
+            kept = linear.quantize(weight)
+            stored |= {f"{name}.{key}": t for key, t in kept.items()}
+            weight.copy_(linear.dequantize_stored(**kept))
+        for rank in range(2):
+            with torch.device("meta"):
+                share = m.Transformer(args)
+            linears = quantize.swap_linears(share, recipe) if mode else {}
+            parts = tp.apply_tp(share, rank, 2)
+            mine = {name: tp.take(t, parts.get(name)) for name, t in stored.items()}
+            share.load_state_dict(mine, assign=True)
+            for name in linears:
+                share.get_submodule(name).pack()
+            share.layers[0].moe.all_reduce = lambda y: sent.append(y) or y
+            kernels.fuse(share.eval().requires_grad_(False))
+            assert isinstance(share.layers[0].moe, kernels.FusedMoE)
+            shares.append(share.layers[0].moe)
+        for rows in (1, 3, 17):
+            x = torch.randn(1, rows, 64, device=DEVICE)
+            for moe in shares:
+                moe(x)
+            assert relative(x + (sent.pop() + sent.pop()).view_as(x), whole.layers[0].moe(x)) < 5e-6
+
     @pytest.mark.parametrize("all_reduce", [None, lambda y: 2 * y])
     def test_a_compiled_mixture_serves_many_batches(all_reduce):
         """By two programs: that of the first size, and one for all others."""
@@ -631,11 +663,11 @@ else:
         model, graphs = m.Transformer(args).to(DEVICE).eval().requires_grad_(False), []
         model.layers[0].moe.all_reduce = all_reduce
         kernels.fuse(model)
-        model.setup_caches(12, 20)
+        model.setup_caches(5, 20)
         torch._dynamo.reset()
         backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
         step = torch.compile(model.forward, backend=backend, fullgraph=True, dynamic=None)
-        for batch in (1, 2, 3, 5, 7, 8, 9, 10, 11, 12):
+        for batch in (1, 2, 3, 4, 5):
             tokens, pos = torch.full((2, batch, 1), batch, device=DEVICE)
             torch.testing.assert_close(step(tokens, pos), model(tokens, pos), atol=1e-5, rtol=1e-5)
         assert len(graphs) <= 3
