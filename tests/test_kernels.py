@@ -625,7 +625,7 @@ else:
 
     @pytest.mark.parametrize("mode", [None, "int8", "int4"])
     def test_shares_of_a_mixture_make_it_whole(mode):
-        """Two ranks' parts of each expert, as tp.py cuts them: what they sum and the residual are what one would give."""
+        """Two ranks' parts of each expert, as tp.py cuts them: what they sum, and the residual once, is the whole."""
         args = m.ModelArgs(dim=64, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=32, hidden_dim=64, vocab_size=98,
                            max_seq_len=64, n_experts=4, n_experts_per_token=2)  # fmt: skip
         recipe = mode and quantize.make_recipe(mode, 32 if mode == "int4" else None)
